@@ -3,7 +3,8 @@
 The files of a run:
 
     <run>/checkpoints/step_00000120-0003.pt     data of step 120, written by attempt 3
-    <run>/checkpoints/step_00000120-0003/00007.pt   the parts of rank 7, if the state is sharded
+    <run>/checkpoints/step_00000120-0003/00007.pt   the parts of rank 7, and what is its own,
+                                                    if the state is sharded
     <run>/checkpoints/step_00000120-0003.json   manifest of that checkpoint
     <run>/attempts/0003.json                    attempt 3: host, pid, nonce, the resume point,
                                                 the retention

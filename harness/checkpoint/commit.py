@@ -82,7 +82,7 @@ def commit(
 
     def build(file: DataFile) -> Manifest:
         if about.read_back:
-            _check_readable(store, step, attempt)
+            check_readable(store, fmt.data_key(step, attempt.number))
         check()
         return _manifest(attempt, payload, about, file)
 
@@ -95,13 +95,13 @@ def commit(
     )
 
 
-def _check_readable(store: Store, step: int, attempt: Attempt) -> None:
-    """Raise UsageError if the file is intact but `torch.load` refuses it.
+def check_readable(store: Store, key: str) -> None:
+    """Raise UsageError if a file is intact but `torch.load` refuses it.
 
     No run could resume from such a file.
     """
     try:
-        outline(store, fmt.data_key(step, attempt.number))
+        outline(store, key)
     except UNPARSEABLE as error:
         raise UsageError(
             "what is tracked can be saved, but not loaded again",

@@ -18,8 +18,10 @@ from harness.store.base import TEMP, check_key
 
 FileName = str | os.PathLike[str]  # of one of the user's own files
 OTHERS = "`harness ls RUN` shows the other checkpoints."
-SHARDED = 3  # the format version of a checkpoint with shards
-READABLE = (1, 2, SHARDED)  # format versions that this harness reads
+# Format versions of a checkpoint with shards; in 3 the main file has what each rank has for itself.
+WITH_SHARDS = (3, 4)
+SHARDED = WITH_SHARDS[-1]
+READABLE = (1, 2, *WITH_SHARDS)  # format versions that this harness reads
 # Top-level keys that an older harness would drop silently.
 WITH_MORE = ("names", "kinds", "gradients", "attributes", "own")
 CHECKPOINTS, ATTEMPTS, EVENTS = "checkpoints", "attempts", "events"
@@ -272,7 +274,7 @@ def from_bytes(key: str, text: bytes) -> Manifest:
 
 def _file_names(manifest: Manifest) -> list[str]:
     """Return the names that a manifest's files must have."""
-    is_sharded = manifest.format_version == SHARDED
+    is_sharded = manifest.format_version in WITH_SHARDS
     ranks = range(max(1, len(manifest.shards)) if is_sharded else 0)
     shards = [shard_name(manifest.step, manifest.attempt, rank) for rank in ranks]
     return [f"{manifest.name}.pt", *shards]

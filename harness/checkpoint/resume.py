@@ -144,6 +144,13 @@ class Chooser:
         self._on_writer(partial(self._check_fresh, resume_point))
         return resume_point, False
 
+    def noting_newer(self, resume_point: ResumePoint) -> ResumePoint:
+        """Note what only other machines have. Collective: every rank must call it."""
+        if self.are_apart:
+            order = resume_point.manifest.order if resume_point.manifest else (0, 0)
+            resume_point.notes += newer_on_other_machines(self.stores[0], self.world, order)
+        return resume_point
+
     def _on_writer(self, work: Callable[[], Any]) -> Any:
         return self.world.on_writer(work, give_up=self.give_up)
 
@@ -309,10 +316,7 @@ def choose(
     for _ in range(LISTINGS):
         resume_point, vanished = chooser.once()
         if not vanished:
-            if are_apart:
-                order = resume_point.manifest.order if resume_point.manifest else (0, 0)
-                resume_point.notes += newer_on_other_machines(places[0], world, order)
-            return resume_point
+            return chooser.noting_newer(resume_point)
     raise StorageError(
         f"checkpoints of {chooser.stores[-1]} vanish while they are read",
         f"{LISTINGS} times, the checkpoint that was chosen was gone when it was read",

@@ -21,6 +21,9 @@ from harness.errors import UsageError
 
 # Key in a rank's own entry of a checkpoint: its data rank, kept if that is another number.
 DATA_RANK = "data_rank"
+# Key in the main file of a checkpoint with shards: what it says of the ranks (`put_entries`).
+RANKS = "ranks"
+ELSEWHERE = "in another shard"  # stands for the state of another rank's data iterator
 Group = tuple[int, ...]  # ranks that average their gradients, in the order of their mesh
 
 
@@ -144,6 +147,51 @@ def _not_told(name: str) -> UsageError:
         "Track the whole module that was given to fully_shard, and not its parts. Data parallelism "
         "by DTensors alone is not supported.",
     )
+
+
+def says_of_ranks(said: Any, count: int) -> bool:
+    """Return whether this is what a main file says of so many ranks."""
+    return (
+        isinstance(said, dict)
+        and isinstance(numbers := said.get("data_ranks"), list)
+        and len(numbers) == count
+        and all(type(number) is int and 0 <= number < count for number in numbers)
+        and isinstance(names := said.get("own"), list)
+        and all(isinstance(name, str) for name in names)
+        and type(said.get("has_iterators")) is bool
+    )
+
+
+def put_entries(payload: dict[str, Any], entries: Mapping[int, Mapping[str, Any]]) -> None:
+    """Give the content of a main file, in place, what each rank has for itself, as if it held that.
+
+    In the main file of a checkpoint with shards, `ranks` holds
+
+        data_ranks      the data rank of each rank that has made it
+        own             the names of what any rank has for itself
+        has_iterators   whether the data iterator of any rank has a state
+        attributes      those of rank 0, if they differ by rank
+
+    The entries of ranks that are not given are there without content.
+
+    Args:
+        payload: the content of the main file.
+        entries: by rank: the entry `own` of its shard.
+    """
+    ranks = payload.pop(RANKS)
+    numbers, away = ranks["data_ranks"], ELSEWHERE if ranks["has_iterators"] else None
+    empty, is_dealt = dict.fromkeys(ranks["own"]), numbers != [*range(len(numbers))]
+    of_ranks = [entries.get(rank, empty) for rank in range(len(numbers))]
+    own = [
+        {name: part for name, part in entry.items() if name not in ("rng", "iterator")}
+        | ({DATA_RANK: number} if is_dealt else {})
+        for number, entry in zip(numbers, of_ranks, strict=True)
+    ]
+    payload["rng"] = [entry.get("rng") for entry in of_ranks]
+    iterators = [entry.get("iterator", away) for entry in of_ranks]
+    payload["data"] = payload["data"] | {"iterators": iterators}
+    if any(own):
+        payload["own"] = own
 
 
 def dealt_to(payload: Mapping[str, Any]) -> list[int]:

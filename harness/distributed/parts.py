@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from harness.distributed import dtensors
-from harness.distributed.layout import Box, Layout
+from harness.distributed.layout import COPIES, SHARD, STRIDED, Box, Layout, uncovered
 from harness.errors import UsageError
 
 PARTS = "parts"  # the key of a loaded checkpoint under which its `Parts` are
@@ -67,6 +67,11 @@ class Parts(Protocol):
             DamagedError: A part is not what was written.
             StorageError: A part cannot be read.
         """
+
+
+def hold_parts(objects: Collection[Any]) -> bool:
+    """Return whether a rank has only parts of the state of any object, so that there are shards."""
+    return dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)
 
 
 def path_of(where: Any) -> str:
@@ -132,6 +137,67 @@ def described(parts: Mapping[str, Part]) -> dict[str, Any]:
         "meshes": meshes,
         "tensors": {path: known[id(part.layout)] for path, part in parts.items()},
     }
+
+
+def parsed(described: Any, ranks: int, shapes: Mapping[str, Shape]) -> dict[str, Layout]:
+    """Return the layouts by path from what `described` has returned.
+
+    Args:
+        described: the entry `layout` of a main file.
+        ranks: how many ranks have written the checkpoint.
+        shapes: by path: the shape of the whole tensor.
+
+    Raises:
+        TypeError: They are no such layouts; or ValueError, LookupError, AttributeError,
+            RuntimeError.
+    """
+    meshes = [torch.tensor(nested) for nested in described["meshes"]]
+    made = {
+        str(path): Layout(
+            tuple(meshes[number].shape),
+            tuple(meshes[number].flatten().tolist()),
+            tuple(map(tuple, placements)),
+        )
+        for path, (number, placements) in described["tensors"].items()
+    }
+    for path, layout in made.items():
+        if not _is_possible(layout, ranks, len(shapes[path])):
+            raise ValueError(f"{path} cannot be cut so")
+    return made
+
+
+def _is_possible(layout: Layout, ranks: int, dimensions: int) -> bool:
+    """Return whether a layout is over these ranks, for a tensor of so many dimensions."""
+    return (
+        sorted(layout.ranks) == list(range(ranks))
+        and len(layout.placements) == len(layout.mesh)
+        and all(
+            placement == (COPIES,)
+            or (
+                len(placement) == (3 if placement[0] == STRIDED else 2)
+                and placement[0] in (SHARD, STRIDED)
+                and type(placement[1]) is int
+                and 0 <= placement[1] < dimensions
+            )
+            for placement in layout.placements
+        )
+    )
+
+
+def check_covered(parts: Mapping[str, Part]) -> None:
+    """Check that the parts of all ranks hold each element exactly once.
+
+    Raises:
+        UsageError: They do not.
+    """
+    cuts = {(id(part.layout), part.shape): (path, part) for path, part in parts.items()}
+    for path, part in cuts.values():  # far fewer than tensors
+        if problem := uncovered(part.layout.boxes(part.shape).values(), part.shape):
+            raise UsageError(
+                f"{path} is not held whole by all ranks together",
+                f"found: {problem}",
+                "Take a version of PyTorch that is tested.",
+            )
 
 
 def tensors_without_data(value: Any, where: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,6 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint import load
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import first_line
-from harness.distributed.reshard import made_whole
 from harness.errors import DamagedError, HarnessError, UsageError
 from harness.exchange import formats, safe_unpickle
 from harness.exchange.formats import UNREADABLE
@@ -31,7 +30,7 @@ from harness.hf import hf_folder
 from harness.hf.safetensors_file import load_safetensors, safetensors_outline
 from harness.monitoring.console import ProgressBar
 from harness.sharding import dcp_folder
-from harness.sharding.shards import ShardFiles
+from harness.sharding.shards import made_whole
 from harness.store import (
     LocalStore,
     SealedMemory,
@@ -133,8 +132,7 @@ def read_any(
     bar = ProgressBar(f"reading {manifest.name} from {store}", manifest.size_bytes)
     payload = load.load(store, manifest, bar)
     if manifest.shards:
-        parts = ShardFiles((store,), manifest, payload)
-        payload = made_whole(payload, parts, weights_only=weights_only)
+        payload = made_whole(store, manifest, payload, weights_only=weights_only)
     bar.end()
     file = File(store, manifest.data_key, formats.TORCH, manifest.size_bytes)
     return Loaded(file, payload, manifest=manifest)

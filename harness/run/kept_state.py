@@ -6,7 +6,7 @@ State that is found in the program but cannot be saved is reported.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import harness.selfcheck.resume_checks as resume_checks
@@ -28,7 +28,7 @@ from harness.state.kinds import PLAIN
 from harness.state.plain_values import is_same
 from harness.tracking.extra_state import ExtraState
 from harness.tracking.own_values import give_own, renewed
-from harness.tracking.payload import OfRank, RankEntries, captured
+from harness.tracking.payload import Given, RankEntries, captured
 from harness.tracking.rank_differences import RankDifferences
 from harness.tracking.tensor_leaves import has_changed
 from harness.tracking.user_state import UserState
@@ -295,8 +295,8 @@ class KeptState:
 
     def of_ranks(
         self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any
-    ) -> list[OfRank]:
-        """Collect the state of each rank for a checkpoint, and return it on the writer only.
+    ) -> Given:
+        """Collect the state of each rank for a checkpoint: see `Given` for who has it then.
 
         Collective: every rank must call it.
 
@@ -311,7 +311,7 @@ class KeptState:
 
     def captured(
         self,
-        of_ranks: Sequence[OfRank],
+        of_ranks: Given,
         data: dict[str, Any],
         values: dict[str, Any],
         tracked: Mapping[str, Any],

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from harness.run.protocols import LoopParts
     from harness.run.work import Work
     from harness.state import Captured
-    from harness.tracking.payload import OfRank
+    from harness.tracking.payload import Given
 
 
 class Loop:
@@ -295,7 +295,7 @@ class Loop:
         self._step_timeouts.rest()  # what follows has time-outs of its own
         return saved
 
-    def _capture(self, data: dict[str, Any], of_ranks: list[OfRank]) -> Captured:
+    def _capture(self, data: dict[str, Any], of_ranks: Given) -> Captured:
         values = {"step": self.step, "epoch": self.epoch, "state": self.state}
         values |= {"config": self._settings.config, **self._metric_buffer.state()}
         return self._kept_state.captured(of_ranks, data, values, self.tracked)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from os import PathLike
 
     from harness.arguments import Settings
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harness.selfcheck.recomputed import RecomputedSteps
     from harness.state import Captured
     from harness.store import Store
-    from harness.tracking.payload import OfRank
+    from harness.tracking.payload import Given
 
 
 @dataclass
@@ -181,12 +181,12 @@ class KeptState(Protocol):
 
     def of_ranks(
         self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any
-    ) -> list[OfRank]:
-        """Collect the state of each rank on the writer. Collective."""
+    ) -> Given:
+        """Collect the state of each rank. Collective."""
 
     def captured(
         self,
-        of_ranks: Sequence[OfRank],
+        of_ranks: Given,
         data: dict[str, Any],
         values: dict[str, Any],
         tracked: Mapping[str, Any],

@@ -13,6 +13,7 @@ from harness.arguments import Settings
 from harness.checkpoint.format import Manifest
 from harness.data.source import Source
 from harness.distributed.data_ranks import changed_ranks, dealt_to
+from harness.distributed.parts import PARTS
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.selfcheck.data_checks import check_data
@@ -241,7 +242,10 @@ def set_generators(payload: Mapping[str, Any], world: World, seed: int, step: in
     is_same = before == list(world.data_ranks)
     if is_same or world.data_rank in before:  # ranks that compute together need the same ones
         at = world.rank if is_same else before.index(world.data_rank)
-        notice = state.restore_rng_state(payload["rng"][at], world.rank)
+        generators = payload["rng"]
+        if generators[at] is None:  # in a shard that this rank has not needed before
+            generators[at] = payload[PARTS].own(at)["rng"]
+        notice = state.restore_rng_state(generators[at], world.rank)
         return [notice] * bool(notice)
     state.seed_rank(seed, "rank", world.data_rank, step)
     return []

@@ -17,7 +17,7 @@ from typing import Any
 from harness.checkpoint import format as fmt
 from harness.checkpoint import memory_copy, retention
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.commit import CLEAN_UP_S, write_shard
+from harness.checkpoint.commit import CLEAN_UP_S, check_readable, write_shard
 from harness.checkpoint.format import DataFile
 from harness.distributed.ranks import World
 from harness.distributed.words import as_word, raise_word
@@ -124,6 +124,8 @@ class RankSave:
             return
         try:
             file = write_shard(self._store, self._attempt, self._step, self._world.rank, write)
+            if self._number == 1:  # as the writer looks at its first main file
+                check_readable(self._store, file.key)
         except StorageError as error:
             self.problem = str(error)
             return

@@ -57,7 +57,7 @@ def add_parts(
     if are_apart:
         _check_reach(parts, manifest, world)
 
-    answers, problem = _keep_all(parts, problem, stores, world)
+    answers, problem = _keep_all(parts, problem, payload or {}, manifest, stores, world)
     _check_for_all(answers, problem, stores, manifest, world)
     if any(answer["has_failed"] for answer in answers):
         return [], []
@@ -68,6 +68,8 @@ def add_parts(
 def _keep_all(
     parts: ShardFiles | None,
     problem: HarnessError | None,
+    payload: dict[str, Any],
+    manifest: Manifest,
     stores: tuple[Store, ...],
     world: World,
 ) -> tuple[list[dict[str, Any]], HarnessError | None]:
@@ -75,12 +77,14 @@ def _keep_all(
 
     Collective: every rank must call it.
     """
+    is_same = world.size == len(manifest.shards)
 
     def keep() -> dict[str, Any]:
         nonlocal problem
         try:
             if parts is not None:
                 parts.keep(world.rank, world.size)
+                parts.give_own(payload, [world.rank] if is_same else [])
         except HarnessError as error:
             problem = error
         return {

@@ -23,7 +23,7 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.commit import About
 from harness.distributed import dtensors
 from harness.distributed.layout import Layout
-from harness.distributed.parts import Shape
+from harness.distributed.parts import Shape, check_covered, hold_parts
 from harness.distributed.ranks import World
 from harness.errors import HarnessError, UsageError
 from harness.sharding import shards
@@ -221,7 +221,7 @@ class ShardedSave:
         )
         self._is_background = not (saver.is_unable or self._no_room)
         if self._is_background:
-            own = dataclasses.replace(whole, payload=shards.content(step, rank, whole.parts))
+            own = dataclasses.replace(whole, payload=shards.content(step, rank, whole))
             saver.start(
                 own,
                 about,
@@ -252,7 +252,7 @@ class ShardedSave:
             return saver.wait(), save.must_repeat
         # There is no memory for a copy of this rank's parts.
         saver.saved_otherwise()
-        own = shards.content(int(whole.payload["step"]), self._world.rank, whole.parts)
+        own = shards.content(int(whole.payload["step"]), self._world.rank, whole)
         try:
             state.check_finite(whole.tracked)
             whole.fill()
@@ -272,7 +272,7 @@ class ShardedSave:
         """
         table = [(path, part.layout, part.shape) for path, part in whole.parts.items()]
         if table != self._checked_table:
-            shards.check_covered(whole.parts)
+            check_covered(whole.parts)
             for name, obj in whole.tracked.items():
                 dtensors.check_optimizer_state(name, obj)
             self._checked_table = table
@@ -320,8 +320,7 @@ def sharded_save(
     Raises:
         UsageError: State is sharded, and it cannot be trained or saved as it is.
     """
-    objects = tracked.values()
-    if not (dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)):
+    if not hold_parts(tracked.values()):
         return None
     check_start(tracked, world)
     return ShardedSave(world, stores, tracked)

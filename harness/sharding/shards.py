@@ -5,6 +5,8 @@ A shard is what `torch.save` writes of
     format_version, step, rank
     parts       by path (model_state_dict/layers.0.weight): a plain tensor, without padding
     boxes       by the same path: where the part begins in the whole tensor, and its size
+    own         what the rank has for itself: rng (its generators), iterator (the state of its data
+                iterator), and the entry `own` of `harness/state` for it
 
 The main file has a tensor without data (on the device meta) for each sharded tensor, and under
 `layout` how it was cut:
@@ -15,11 +17,16 @@ The main file has a tensor without data (on the device meta) for each sharded te
 
 Of a part that several ranks hold, the lowest of them writes it. The boxes follow from the layout;
 each shard names its own as well, and a reader compares the two.
+
+Of the ranks the main file only says how many they were, and what any of them has for itself: see
+`data_ranks.put_entries`. In format version 3 it held that of all ranks, as a lone file does, and
+shards had no `own`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,23 +41,26 @@ from harness.checkpoint.load import (
     unparseable,
     verified_at_start,
 )
-from harness.distributed.layout import COPIES, SHARD, STRIDED, Box, Layout, uncovered
+from harness.distributed import reshard
+from harness.distributed.data_ranks import RANKS, put_entries, says_of_ranks
+from harness.distributed.layout import Box
 from harness.distributed.parts import (
-    Part,
-    Shape,
     Wanted,
     copy_overlap,
+    parsed,
     tensors_without_data,
 )
 from harness.errors import DamagedError, HarnessError, UsageError
+from harness.state import Captured
 from harness.store import Store
 
 Shard = dict[str, tuple[Box, torch.Tensor]]  # by path
 MOST_TIMES = 16  # the size of the whole tensors, over that of all files
 
 
-def content(step: int, rank: int, parts: Mapping[str, Part]) -> dict[str, Any]:
+def content(step: int, rank: int, captured: Captured) -> dict[str, Any]:
     """Return the content of this rank's shard, as plain data; the tensors are not copied."""
+    parts = captured.parts
     of_rank = {path: part.layout.boxes(part.shape).get(rank) for path, part in parts.items()}
     boxes = {path: box for path, box in of_rank.items() if box is not None}
     return {
@@ -59,23 +69,30 @@ def content(step: int, rank: int, parts: Mapping[str, Part]) -> dict[str, Any]:
         "rank": rank,
         "parts": {path: parts[path].tensor for path in boxes},
         "boxes": {path: [list(box.begin), list(box.size)] for path, box in boxes.items()},
+        "own": captured.own,
     }
 
 
-def check_covered(parts: Mapping[str, Part]) -> None:
-    """Check that the parts of all ranks hold each element exactly once.
+def made_whole(
+    store: Store, manifest: Manifest, payload: dict[str, Any], *, weights_only: bool = False
+) -> dict[str, Any]:
+    """Return the content of a checkpoint with shards as if one file held it, with whole tensors.
+
+    With `weights_only`, the state of optimizers stays without data, and what each rank has for
+    itself is left out.
 
     Raises:
-        UsageError: They do not.
+        DamagedError: A shard is not what was written.
+        StorageError: A shard cannot be read.
     """
-    cuts = {(id(part.layout), part.shape): (path, part) for path, part in parts.items()}
-    for path, part in cuts.values():  # far fewer than tensors
-        if problem := uncovered(part.layout.boxes(part.shape).values(), part.shape):
-            raise UsageError(
-                f"{path} is not held whole by all ranks together",
-                f"found: {problem}",
-                "Take a version of PyTorch that is tested.",
-            )
+    parts = ShardFiles((store,), manifest, payload)
+    if weights_only:
+        return reshard.made_whole(payload, parts, weights_only=True)
+    ranks = range(len(manifest.shards))
+    parts.keeps_own = set(ranks)
+    whole = reshard.made_whole(payload, parts)
+    parts.give_own(whole, ranks)
+    return whole
 
 
 class ShardFiles:
@@ -110,7 +127,11 @@ class ShardFiles:
         self._paths = {id(tensor): path for path, tensor in standing.items()}
         self._stores, self._manifest, self._are_apart = stores, manifest, are_apart
         shapes = {path: tuple(tensor.shape) for path, tensor in standing.items()}
-        layouts = _parsed(payload.pop("layout", None), manifest, shapes)
+        try:
+            layouts = parsed(payload.pop("layout", None), len(manifest.shards), shapes)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            found = f"{type(error).__name__} in its layouts: {error}"
+            raise _other(manifest.data, found) from None
         if layouts.keys() != standing.keys():
             raise _other(manifest.data, "layouts of other tensors than it has")
         # Tied tensors are in the shards once, so the whole of them may be larger than these.
@@ -118,10 +139,14 @@ class ShardFiles:
             raise _other(manifest.data, "tensors that are far larger than its shards")
         # By path: the part of each rank.
         self._boxes = {path: layout.boxes(standing[path].shape) for path, layout in layouts.items()}
-        self._kept = dict[int, Shard]()
+        self._kept, self._own = dict[int, Shard](), dict[int, dict[str, Any]]()
         # By number of the shards that were opened: the store that had it whole, and the errors of
         # those before.
         self.found = dict[int, tuple[Store, dict[Store, HarnessError]]]()
+        self.keeps_own = set[int]()  # the ranks whose own entries are kept, once they are read
+        self._has_own = payload.get("format_version") == fmt.SHARDED
+        if says_of_ranks(payload.get(RANKS), len(manifest.shards)) != self._has_own:
+            raise _other(manifest.data, "nothing of the ranks that have written the shards")
 
     def keep(self, rank: int, ranks: int) -> None:
         """Verify this rank's share of the shards, and keep them in memory.
@@ -133,7 +158,28 @@ class ShardFiles:
             StorageError: One cannot be read.
         """
         for number in range(rank, len(self._manifest.shards), ranks):
+            self.keeps_own.add(number)
             self._kept[number] = self._opened(number)
+
+    def own(self, rank: int) -> dict[str, Any]:
+        """Return what a rank had for itself, from its shard.
+
+        Raises:
+            DamagedError: The shard is not what was written.
+            StorageError: It cannot be read.
+        """
+        if rank not in self._own:
+            self.keeps_own.add(rank)
+            self._foreign(rank)
+        return self._own[rank]
+
+    def give_own(self, payload: dict[str, Any], ranks: Iterable[int]) -> None:
+        """Add what these ranks had for themselves to the content of the main file, in place.
+
+        In format version 3 it is there already. Raises the errors of `own`.
+        """
+        if self._has_own:
+            put_entries(payload, {rank: self.own(rank) for rank in ranks})
 
     def path_of(self, tensor: object) -> str | None:
         """Return the path of a tensor that stands for a sharded one; None for any other value."""
@@ -166,21 +212,26 @@ class ShardFiles:
             if one.box.overlap(box)
         }
         for number in sorted(needed):
-            if number in self._kept:
-                yield self._kept[number]
-                continue
-            try:
-                yield self._opened(number)
-            except (AbsentError, GoneError) as error:
-                if not self._are_apart:
-                    raise
-                raise UsageError(
-                    f"this rank needs {self._manifest.shards[number].name}, which is on another "
-                    "machine",
-                    f"found: nothing in {' nor in '.join(map(str, self._stores))}",
-                    "Start with the same sharding, or go back to a checkpoint that is in "
-                    "run.remote: harness rollback RUN STEP.",
-                ) from error
+            yield self._kept[number] if number in self._kept else self._foreign(number)
+
+    def _foreign(self, number: int) -> Shard:
+        """Return the parts in a shard of another rank; raises what `_opened` does.
+
+        Raises:
+            UsageError: It is on another machine.
+        """
+        try:
+            return self._opened(number)
+        except (AbsentError, GoneError) as error:
+            if not self._are_apart:
+                raise
+            raise UsageError(
+                f"this rank needs {self._manifest.shards[number].name}, which is on another "
+                "machine",
+                f"found: nothing in {' nor in '.join(map(str, self._stores))}",
+                "Start with the same sharding, or go back to a checkpoint that is in "
+                "run.remote: harness rollback RUN STEP.",
+            ) from error
 
     def missing_here(self) -> list[int]:
         """Return the numbers of the shards that none of the stores shows in full size.
@@ -234,7 +285,7 @@ class ShardFiles:
         """Return the parts in a shard. Raises DamagedError unless they are what it must hold."""
         try:
             is_it = (content["step"], content["rank"]) == (self._manifest.step, number)
-            parts = dict(content["parts"])
+            parts, own = dict(content["parts"]), content.get("own")
             boxes = {
                 path: Box(tuple(begin), tuple(size))
                 for path, (begin, size) in content["boxes"].items()
@@ -246,6 +297,10 @@ class ShardFiles:
         }
         if not is_it or boxes != expected or parts.keys() != boxes.keys():
             raise _other(file, "other parts than those of its rank in its step")
+        if self._has_own and not (isinstance(own, dict) and {"rng", "iterator"} <= own.keys()):
+            raise _other(file, "nothing that its rank has for itself")
+        if self._has_own and number in self.keeps_own:
+            self._own[number] = copy.deepcopy(own)  # else it keeps the memory of the shard
         for path, box in boxes.items():
             part, whole = parts[path], self._standing[path]
             is_plain = type(part) is torch.Tensor and part.is_cpu and part.is_contiguous()
@@ -268,41 +323,3 @@ def _joint(problems: Mapping[Store, HarnessError]) -> HarnessError:
 
 def _other(file: DataFile, found: str) -> DamagedError:
     return DamagedError(f"{file.name} is not what its manifest describes", f"found: {found}")
-
-
-def _parsed(described: Any, manifest: Manifest, shapes: Mapping[str, Shape]) -> dict[str, Layout]:
-    """Return the layouts in a main file, by path. Raises DamagedError if they are none."""
-    try:
-        meshes = [torch.tensor(nested) for nested in described["meshes"]]
-        made = {
-            str(path): Layout(
-                tuple(meshes[number].shape),
-                tuple(meshes[number].flatten().tolist()),
-                tuple(map(tuple, placements)),
-            )
-            for path, (number, placements) in described["tensors"].items()
-        }
-        for path, layout in made.items():
-            if not _is_possible(layout, len(manifest.shards), len(shapes[path])):
-                raise ValueError(f"{path} cannot be cut so")
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        raise _other(manifest.data, f"{type(error).__name__} in its layouts: {error}") from None
-    return made
-
-
-def _is_possible(layout: Layout, ranks: int, dimensions: int) -> bool:
-    """Return whether a layout is over these ranks, for a tensor of so many dimensions."""
-    return (
-        sorted(layout.ranks) == list(range(ranks))
-        and len(layout.placements) == len(layout.mesh)
-        and all(
-            placement == (COPIES,)
-            or (
-                len(placement) == (3 if placement[0] == STRIDED else 2)
-                and placement[0] in (SHARD, STRIDED)
-                and type(placement[1]) is int
-                and 0 <= placement[1] < dimensions
-            )
-            for placement in layout.placements
-        )
-    )

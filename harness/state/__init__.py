@@ -21,7 +21,7 @@ This is the one list of the entries of a checkpoint:
     state                         the user's plain values (`run.state`)
     best                          the best value so far of the metric that ranks checkpoints
     config                        the settings of the run
-    format_version                the version of this list: 3 if the state is sharded; 2 if the
+    format_version                the version of this list: 4 if the state is sharded; 2 if the
                                   checkpoint holds an optional entry (below), if `data` holds kinds
                                   or second sources, or `rng` an own_gpu; else 1
 
@@ -50,6 +50,15 @@ These entries are optional. Each exists only if there is something to keep:
       kinds                       by path: the kind of each value, in the user's state or in a state
                                   dict, that is not plain data itself: a kind of the standard
                                   library or of NumPy, or a tensor of its own class
+
+If the state is sharded, the entries for each rank (`rng`, `own`, and the iterators in `data`) are
+in the shard of the rank, and the main file has in their place
+
+      ranks                       the number of ranks, which of them need the same samples, and the
+                                  names of what any of them has for itself
+                                  (`harness/distributed/data_ranks.py`)
+
+In version 3, the first for sharded state, they were in the main file for all ranks.
 
 Capturing never moves or changes a live module. All captured data is plain: tensors, numbers,
 strings, lists, tuples and dicts. It therefore loads with `weights_only=True`.

@@ -34,6 +34,7 @@ class Captured:
     parameters: dict[int, tuple[str, torch.dtype]]  # by address: name and dtype; must be finite
     tracked: Mapping[str, Any]
     seen: TensorRefs = field(default_factory=TensorRefs)
+    own: Mapping[str, Any] | None = None  # what this rank's shard holds beside its parts
 
     def gpu_sources(self) -> dict[int, torch.Tensor]:
         """Return the GPU tensors whose bytes are missing, by the address of their CPU memory."""
@@ -61,7 +62,11 @@ class Captured:
         return self.payload
 
 
-def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
+def captured(
+    values: Mapping[str, Any],
+    tracked: Mapping[str, Any],
+    own: Mapping[str, Any] | None = None,
+) -> Captured:
     """Capture the values and the state of every tracked object; bytes on GPUs are copied later.
 
     Constant until the next update (`steady`) are parameters, the state of optimizers and of any
@@ -70,6 +75,7 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     Args:
         values: the entries beside the tracked state; they must be plain data.
         tracked: the tracked objects by name.
+        own: what this rank's shard holds beside its parts; it must be plain data.
 
     Raises:
         UsageError: for a value or a state that cannot be saved as plain data.
@@ -77,7 +83,9 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     """
     seen = TensorRefs(TakenParts())
     payload = _plain_values(values, seen)
-    steady = {tensor.data_ptr() for tensor in _tensors([payload.get(name) for name in COPIES])}
+    own = own and _plain_values({"own": own}, TensorRefs())["own"]
+    copies = [of.get(name) for of in (payload, own or {}) for name in COPIES]
+    steady = {tensor.data_ptr() for tensor in _tensors(copies)}
     for name, obj in tracked.items():
         before = len(seen.all)
         payload |= _capture({name: obj}, seen)
@@ -88,7 +96,7 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     steady |= (
         named.keys() | frozen | {met.address for met in seen.all if met.source is not met.tensor}
     )
-    return Captured(payload, steady, named, tracked, seen)
+    return Captured(payload, steady, named, tracked, seen, own)
 
 
 def as_captured(name: str, value: Any, parts: TakenParts | None = None) -> Captured:

@@ -7,6 +7,7 @@ of its values, under `kinds`, unless all ranks have the same.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from harness import state
-from harness.distributed.data_ranks import DATA_RANK
+from harness.distributed.data_ranks import DATA_RANK, RANKS
 from harness.distributed.ranks import World
 from harness.distributed.wrappers import ddp_wrappers
-from harness.state.plain_values import is_same
+from harness.errors import UsageError
 from harness.text import size
-from harness.tracking.payload import OfRank
-from harness.tracking.tensor_leaves import Leaves, Path, leaves_of, put_leaf
+from harness.tracking.payload import ATTRIBUTES, Given, OfRank
+from harness.tracking.tensor_leaves import Leaves, Path, digest_of, leaves_of, put_leaf
 
 STATE = "state"  # the key of `run.state` in a checkpoint
 SYNCS = "ddp"  # the key of `ForwardSyncs` in a rank's own entry
@@ -103,22 +104,97 @@ class ForwardSyncs:
                 shell.require_forward_param_sync = flag
 
 
-class GivenWarnings:
-    """Warnings about what the ranks give to a checkpoint, each made once, on the writer.
+@dataclass(frozen=True)
+class _Told:
+    """What the writer learns of a rank's contribution."""
+
+    names: list[str]  # of its own entries
+    has_iterator: bool
+    generators: bytes  # a digest; empty where no two ranks need the same ones
+    size_bytes: int  # of its own entries
+    sizes: str  # of each of them, in words, if they are too large together
+
+
+class Contributions:
+    """What all ranks give to a checkpoint, and warnings about it, each made once, on the writer.
 
     Args:
+        world: the ranks of this attempt.
         say: prints a message to the user.
         note: records an event.
     """
 
-    def __init__(self, say: Callable[[str], None], note: Callable[..., None]) -> None:
-        self._say, self._note = say, note
+    def __init__(self, world: World, say: Callable[[str], None], note: Callable[..., None]) -> None:
+        self._world, self._say, self._note = world, say, note
         self._is_big_reported = self._are_generators_reported = False
 
-    def look(self, given: Sequence[OfRank], data_ranks: Sequence[int]) -> None:
-        """Look at the contributions of all ranks; there are none on other ranks than the writer."""
-        self._tell_of_big(given)
-        pair = _unlike([generators for generators, _, _ in given], data_ranks) if given else None
+    def gathered(self, mine: OfRank, *, has_shards: bool) -> Given:
+        """Return what the ranks give to a checkpoint.
+
+        Without shards the writer has all of it afterwards. With shards each rank keeps its own, but
+        for what is the same on all: the writer learns what it is, and not its content.
+        Collective: every rank must call it.
+
+        Args:
+            mine: this rank's contribution; what the main file holds is taken out of it.
+            has_shards: whether each rank writes a shard.
+        """
+        if not has_shards:
+            given = self._world.to_writer(mine)
+            _without_same_kinds(given)
+            self._look([self._told(*each) for each in given], ", which all ranks read at a restart")
+            return Given(given)
+        generators, iterator, own = mine
+        main, numbers = dict[str, Any](), [0, 0]
+        with contextlib.suppress(UsageError):  # `captured` raises it, where all ranks hear of it
+            numbers = [number_of(digest_of("own", own.get(key))) for key in (KINDS, ATTRIBUTES)]
+        same_kinds, same_attributes = same_on_all(self._world, numbers)
+        if same_kinds:  # those of the checkpoint
+            own.pop(KINDS, None)
+        if same_attributes and ATTRIBUTES in own:
+            main[ATTRIBUTES] = own.pop(ATTRIBUTES)
+        told = self._world.to_writer(self._told(generators, iterator, own))
+        self._look(told)
+        if not told:
+            return Given([mine], {})
+        main[RANKS] = {
+            "data_ranks": list(self._world.data_ranks),
+            "own": sorted({name for each in told for name in each.names}),
+            "has_iterators": any(each.has_iterator for each in told),
+        } | {name: of for name, of in own.items() if name == ATTRIBUTES}
+        return Given([mine], main)
+
+    def _told(self, generators: Any, iterator: Any, own: Mapping[str, Any]) -> _Told:
+        """Return what the writer learns of a contribution."""
+        is_shared = len({*self._world.data_ranks}) < self._world.size
+        sizes = dict[str, int]()
+        with contextlib.suppress(UsageError):  # as above
+            for name, part in own.items():
+                leaves = leaves_of(state.as_captured(name, part))
+                sizes[name] = sum(leaf.size_bytes for leaf in leaves.values())
+        total = sum(sizes.values())
+        return _Told(
+            sorted(own),
+            iterator is not None,
+            digest_of("rng", generators) if is_shared else b"",
+            total,
+            ", ".join(f"{name}: {size(number)}" for name, number in sizes.items())
+            if total > MOST_BYTES
+            else "",
+        )
+
+    def _look(self, told: Sequence[_Told], read_by: str = "") -> None:
+        """Warn about the contributions of all ranks; there are none on others than the writer."""
+        for rank, each in enumerate(told):
+            if each.size_bytes > MOST_BYTES and not self._is_big_reported:
+                self._is_big_reported = True
+                self._note("big_own_state", rank=rank, size_bytes=each.size_bytes)
+                self._say(
+                    f"harness: warning: rank {rank} keeps {size(each.size_bytes)} for itself "
+                    f"in each checkpoint ({each.sizes}){read_by}: "
+                    f"expected at most {size(MOST_BYTES)}. Let less state differ by rank."
+                )
+        pair = _unlike([each.generators for each in told], self._world.data_ranks) if told else None
         if pair is not None and not self._are_generators_reported:
             self._are_generators_reported = True
             self._note("generators_parted", ranks=list(pair))
@@ -128,39 +204,30 @@ class GivenWarnings:
                 "Draw on every rank, or from a generator of your own"
             )
 
-    def _tell_of_big(self, given: Sequence[OfRank]) -> None:
-        """Warn if a rank's own entries are larger than MOST_BYTES in total."""
-        for rank, (_, _, own) in enumerate(given):
-            if self._is_big_reported or not own:
-                continue
-            sizes = {
-                name: sum(
-                    leaf.size_bytes for leaf in leaves_of(state.as_captured(name, part)).values()
-                )
-                for name, part in own.items()
-            }
-            if (total := sum(sizes.values())) > MOST_BYTES:
-                self._is_big_reported = True
-                parts = ", ".join(f"{name}: {size(number)}" for name, number in sizes.items())
-                self._note("big_own_state", rank=rank, size_bytes=total)
-                self._say(
-                    f"harness: warning: rank {rank} keeps {size(total)} for itself "
-                    f"in each checkpoint ({parts}), which all ranks read at a restart: "
-                    f"expected at most {size(MOST_BYTES)}. Let less state differ by rank."
-                )
-
 
 def _unlike(values: Sequence[Any], data_ranks: Sequence[int]) -> tuple[int, int] | None:
     """Return two ranks with one data rank whose values differ; None if there are none."""
     first = {number: rank for rank, number in reversed([*enumerate(data_ranks)])}
     pairs = ((first[number], rank) for rank, number in enumerate(data_ranks))
-    return next(
-        ((a, b) for a, b in pairs if a != b and not is_same(values[a], values[b])),
-        None,
-    )
+    return next(((a, b) for a, b in pairs if a != b and values[a] != values[b]), None)
 
 
-def without_same_kinds(given: Sequence[OfRank]) -> None:
+def same_on_all(world: World, numbers: Sequence[int]) -> list[bool]:
+    """Return of each number whether it is the same on all ranks.
+
+    Collective: every rank must call it.
+    """
+    greatest = world.agree([*numbers, *(-number for number in numbers)])
+    pairs = zip(greatest, greatest[len(numbers) :], strict=False)
+    return [most == -least for most, least in pairs]
+
+
+def number_of(digest: bytes) -> int:
+    """Return a digest as a number that ranks can agree on."""
+    return int.from_bytes(digest[:7], "big")
+
+
+def _without_same_kinds(given: Sequence[OfRank]) -> None:
     """Leave out the kinds of all ranks, in place, if they are the same: those of the checkpoint."""
     kinds = [own.get(KINDS) for _, _, own in given]
     if all(of_rank == kinds[0] for of_rank in kinds):

@@ -4,16 +4,20 @@
 differs by rank, besides the generators: a list with one entry per rank, each a dict of its parts by
 name. A part is anything with such state: gradients in flight, a communication hook, an object that
 differs from rank to rank. If no rank has such state, the checkpoint has no such key.
+
+If there are shards, each holds the entry of its rank, with that rank's generators and the state of
+its data iterator, and the main file only says something of all ranks (`data_ranks.put_entries`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from harness import state
 from harness.checkpoint.format import version_of
-from harness.distributed.data_ranks import DATA_RANK, changed_ranks, dealt_to
+from harness.distributed.data_ranks import DATA_RANK, RANKS, changed_ranks, dealt_to
 from harness.distributed.parts import described
 from harness.distributed.ranks import World
 from harness.errors import UsageError
@@ -29,6 +33,21 @@ OfRank = tuple[Any, Any, dict[str, Any]]
 ATTRIBUTES = "attributes"
 # A part that is kept only inside an epoch: the generators before the head of the epoch.
 HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the ranks give to a checkpoint.
+
+    Args:
+        of_ranks: the contribution of each rank, in the order of ranks; if there are shards, that of
+            this rank alone.
+        main: if there are shards: what the main file holds of all ranks; {} on other ranks than the
+            writer. None if there are none.
+    """
+
+    of_ranks: Sequence[OfRank]
+    main: dict[str, Any] | None = None
 
 
 class Part(Protocol):
@@ -130,16 +149,15 @@ def assembled(
 
 
 def captured(
-    of_ranks: Sequence[OfRank],
+    given: Given,
     data: dict[str, Any],
     values: dict[str, Any],
     tracked: Mapping[str, Any],
 ) -> Captured:
-    """Capture a whole checkpoint.
+    """Capture a whole checkpoint; if there are shards, the main file and this rank's shard.
 
     Args:
-        of_ranks: the contribution of each rank, in the order of ranks; empty on other ranks than
-            the writer.
+        given: what the ranks give to it.
         data: the run's data and its position in it.
         values: what else the checkpoint contains, at the top level.
         tracked: the tracked objects, by name.
@@ -148,12 +166,26 @@ def captured(
         UsageError: if something is not plain data.
         NonFiniteError: if a parameter is not finite.
     """
-    if not of_ranks:  # not the writer: this rank only has parts of what is sharded
-        return state.captured({"step": values["step"]}, tracked)
+    of_ranks, main = given.of_ranks, given.main
     if not data["sample"]:
         of_ranks = [(rng, iterator, _without_head(own)) for rng, iterator, own in of_ranks]
-    whole = state.captured(assembled(of_ranks, data, values), tracked)
-    if whole.parts:
+    if main is None:
+        content = assembled(of_ranks, data, values)
+    elif main:
+        content = {"format_version": 1} | values | main | {"data": data}
+        if not data["sample"]:
+            names = [name for name in main[RANKS]["own"] if name != HEAD]
+            content[RANKS] = main[RANKS] | {"own": names}
+    else:  # not the writer
+        content = {"step": values["step"]}
+    entry = None
+    if main is not None:
+        ((rng, iterator, own),) = of_ranks
+        entry = {"rng": rng, "iterator": iterator} | own
+    whole = state.captured(content, tracked, entry)
+    if main == {}:
+        return whole
+    if main or whole.parts:
         whole.payload["layout"] = described(whole.parts)
     whole.payload["format_version"] = version_of(whole.payload)
     return whole
@@ -172,8 +204,8 @@ def changed_in(payload: Mapping[str, Any], name: str) -> dict[str, dict[str, dic
     Returns:
         The entries by module path and attribute.
     """
-    own = payload.get("own") or [{}]
-    of_parts = (payload.get(ATTRIBUTES) or own[0].get(ATTRIBUTES) or {}).get(name, {})
+    first = payload.get(RANKS) or (payload.get("own") or [{}])[0]
+    of_parts = (payload.get(ATTRIBUTES) or first.get(ATTRIBUTES) or {}).get(name, {})
     kept = {
         path: {
             key: {word: each for word, each in entry.items() if word != "device"}

@@ -22,6 +22,7 @@ import torch
 
 from harness import state
 from harness.distributed import ddp, wrappers
+from harness.distributed.parts import hold_parts
 from harness.distributed.ranks import World
 from harness.state.capturing import state_of
 from harness.state.raw_bytes import digest_of_samples
@@ -31,13 +32,14 @@ from harness.tracking.own_values import (
     MOST_BYTES,
     STATE,
     SYNCS,
+    Contributions,
     ForwardSyncs,
-    GivenWarnings,
     OwnKinds,
     OwnValues,
-    without_same_kinds,
+    number_of,
+    same_on_all,
 )
-from harness.tracking.payload import OfRank, RankEntries
+from harness.tracking.payload import Given, RankEntries
 from harness.tracking.tensor_leaves import (
     Leaf,
     Leaves,
@@ -87,20 +89,21 @@ class RankDifferences:
         self._passed: dict[str, set[Path]] = {}  # differences that are not kept
         self._structures: dict[str, bytes] = {}
         self._small: set[str] = set()
-        self._saves, self._warnings = 0, GivenWarnings(say, note)
+        self._saves, self._contributions = 0, Contributions(world, say, note)
+        self._has_shards = False
         # Objects of DDP are trusted to be the same until samples or an optimizer's settings differ.
         self._trusts_ddp, self._trusted, self._of_ddp = True, set[str](), set[str]()
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
-        """Note the DDP modules, before each rank's own entry is restored."""
+        """Note the DDP modules, before each rank's own entry is restored, and who saves what."""
         self._syncs.begin(tracked)
+        self._has_shards = hold_parts(tracked.values())
 
     def of_ranks(
         self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any
-    ) -> list[OfRank]:
-        """Return all ranks' contributions to a checkpoint on the writer, an empty list elsewhere.
+    ) -> Given:
+        """Return what the ranks give to a checkpoint: among it the state that differs by rank.
 
-        The contributions contain the state that differs by rank.
         Collective: every rank must call it.
 
         Args:
@@ -115,12 +118,8 @@ class RankDifferences:
             self._saves += 1
             is_sampled = self._saves.bit_count() == 1
             self._look(tracked, values, in_full=self._saves == 1, is_sampled=is_sampled)
-        given = self._world.to_writer(
-            (state.rng_state(self._world.rank), iterator, self._own.state())
-        )
-        without_same_kinds(given)
-        self._warnings.look(given, self._world.data_ranks)
-        return given
+        mine = state.rng_state(self._world.rank), iterator, self._own.state()
+        return self._contributions.gathered(mine, has_shards=self._has_shards)
 
     def _look(
         self,
@@ -155,7 +154,9 @@ class RankDifferences:
         has_grown = any(self._structures.get(key) != structures[key] for key in others)
         sampled = (self._of_trusted(tracked), self._unknown(others)) if is_sampled else ((), ())
         digests = [short_digest(repr(reports).encode()), *map(digest_of_samples, sampled)]
-        is_same, is_ddp_same, *are_same = self._are_same([*map(_number, digests), int(has_grown)])
+        is_same, is_ddp_same, *are_same = same_on_all(
+            self._world, [*map(number_of, digests), int(has_grown)]
+        )
         self._structures |= structures
         self._trusts_ddp = self._trusts_ddp and is_ddp_same
         is_again = has_grown or not (is_ddp_same and all(are_same))
@@ -166,15 +167,6 @@ class RankDifferences:
             kept.look(leaves[key])
         self._kinds.look(self._kept, leaves)
         self._syncs.look(self._kept)
-
-    def _are_same(self, numbers: list[int]) -> list[bool]:
-        """Return of each number whether it is the same on all ranks.
-
-        Collective: every rank must call it.
-        """
-        greatest = self._world.agree([*numbers, *(-number for number in numbers)])
-        pairs = zip(greatest, greatest[len(numbers) :], strict=False)
-        return [most == -least for most, least in pairs]
 
     def _states(
         self, tracked: Mapping[str, Any], values: Mapping[str, Any], is_sampled: bool
@@ -303,10 +295,6 @@ class RankDifferences:
                 f"each can keep {size(MOST_BYTES)}. "
                 f"{UNSYNCHRONISED if key in self._of_ddp else UNWRAPPED}"
             )
-
-
-def _number(digest: bytes) -> int:
-    return int.from_bytes(digest[:7], "big")
 
 
 def _ignored(obj: Any) -> dict[str, Any]:

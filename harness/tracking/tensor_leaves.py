@@ -137,6 +137,13 @@ def digests_of(captured: Captured) -> dict[Path, bytes]:
     return {path: Leaf(leaf.value()).digest() for path, leaf in leaves_of(captured).items()}
 
 
+def digest_of(name: str, value: Any) -> bytes:
+    """Return a digest of one value that is plain data: of its paths, kinds and content."""
+    leaves = leaves_of(as_captured(name, value))
+    digests = sorted((repr(path), leaf.digest()) for path, leaf in leaves.items())
+    return short_digest(repr((digests, sorted(leaves.kinds.items()))).encode())
+
+
 def has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
     """Return whether the state of a tracked object is not that of the checkpoint."""
     key, parts = f"{name}_state_dict", payload.get(PARTS)

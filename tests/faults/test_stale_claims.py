@@ -158,7 +158,7 @@ def test_a_file_of_a_newer_format_than_its_manifest_says_refuses_a_start_and_is_
     life.save(10)
     later = torch.load(path_of(store, fmt.data_key(10, 1)), weights_only=True) | {
         "step": 20,
-        "format_version": 4,
+        "format_version": fmt.READABLE[-1] + 1,
     }
     about = About(1, ((1, 10),), {"model": "Linear"}, "-")
     made = commit(
@@ -170,7 +170,7 @@ def test_a_file_of_a_newer_format_than_its_manifest_says_refuses_a_start_and_is_
     )
     assert made.format_version == 1
     before = tree(store)
-    with pytest.raises(UsageError, match="format version 4"):
+    with pytest.raises(UsageError, match=f"format version {fmt.READABLE[-1] + 1}"):
         resume.choose(store, world)
     code, said = command(capsys, "verify", str(store))
     assert code == EXIT_USAGE and "NEWER" in said and "DAMAGED" not in said

@@ -18,9 +18,8 @@ from torch import nn
 import harness
 from harness.checkpoint import load
 from harness.checkpoint.catalog import read_catalog
-from harness.distributed.reshard import made_whole
 from harness.saving.checkpointer import Checkpointer
-from harness.sharding.shards import ShardFiles
+from harness.sharding.shards import made_whole
 from harness.store import open_store
 
 
@@ -81,9 +80,7 @@ def newest(place: Path | str) -> dict:
     store = open_store(place)
     manifest = there(read_catalog(store).head)
     payload = load.load(store, manifest)
-    if not manifest.shards:
-        return payload
-    return made_whole(payload, ShardFiles((store,), manifest, payload))
+    return made_whole(store, manifest, payload) if manifest.shards else payload
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 that every later release resumes.
 
 `python tests/support/older_runs.py tests/releases/VERSION` writes those of the present code:
-`stopped` and `bucket`, of runs that were stopped in their seventh step, and `killed`, of one that
-was killed there, with the records of its steps. Write them once for a release.
+`stopped` and `bucket`, of runs that were stopped in their seventh step, `killed`, of one that was
+killed there, with the records of its steps, and `sharded`, of one of a sharded model that was
+stopped there. Write them once for a release.
 """
 
 from __future__ import annotations
@@ -97,9 +98,79 @@ for x, y in run.batches(
 """
 
 
-def live_once(folder: Path, name: str, **variables: str) -> Lived:
+# Each rank has for itself: generators, running means, a value of the model and one of the run.
+SHARDED = """
+from torch.distributed.fsdp import fully_shard
+from programs import whole_digest
+
+run = init(keep_last=1)
+rank = int(os.environ.get("RANK", 0))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(8, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 1)
+        )
+        self.warmth = 1.0
+
+    def forward(self, x):
+        return self.layers(x) * self.warmth
+
+
+def seen():
+    return {
+        "step": run.step - 1,
+        "whole": whole_digest(
+            {key: of for key, of in model.state_dict().items() if "running" not in key},
+            optimizer.state_dict()["state"],
+        ),
+        "means": model.layers[1].running_mean.clone(),
+        "warmth": model.warmth,
+        "noise": noise.get_state(),
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1],
+        "python": random.getstate()[1],
+        "state": dict(run.state),
+    }
+
+
+torch.manual_seed(0)
+model = Net()
+fully_shard(model.layers[0])
+fully_shard(model)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+noise = torch.Generator().manual_seed(rank)
+run.track(model=model, optimizer=optimizer, noise=noise)
+run.state.setdefault("samples", [])
+first = run.step + 1
+numbers = torch.arange(96)
+for x, y in run.batches(
+    TensorDataset(numbers[:, None].expand(96, 8).contiguous() / 96, numbers), 12, epochs=2
+):
+    if run.step == first:
+        torch.save(seen(), f"{os.path.basename(sys.argv[1])}.seen.{rank}.pt")
+    model.warmth *= 0.9 + 0.01 * rank
+    run.state["samples"] += y.tolist()
+    shift = torch.randn(1, generator=noise) + np.random.rand() + random.random()
+    loss = (model(x) - y[:, None] / 96 * shift).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    run.log(loss=loss)
+    if run.step == int(os.environ.get("STOP", 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    die(run)
+torch.save(seen(), f"{os.path.basename(sys.argv[1])}.last.{rank}.pt")
+"""
+
+
+def live_once(
+    folder: Path, name: str, source: str = SOURCE, ranks: int = RANKS, /, **variables: str
+) -> Lived:
     """Let the program live once, on the run `name` in the folder."""
-    return live(folder, SOURCE, name, ranks=RANKS, env=variables, head=HEAD)
+    return live(folder, source, name, ranks=ranks, env=variables, head=HEAD)
 
 
 def main() -> None:
@@ -118,9 +189,10 @@ def main() -> None:
                 live_once(folder, "stopped", STOP=str(LAST)),
                 live_once(folder, "killed", DIE=str(LAST)),
             )
-            assert kept.codes == stopped.codes == [0] * RANKS and killed.code < 0, (
-                kept.text + stopped.text + killed.text
-            )
+            sharded = live_once(folder, "sharded", SHARDED, STOP=str(LAST))
+            for lived in (kept, stopped, sharded):
+                assert lived.codes == [0] * RANKS, lived.text
+            assert killed.code < 0, killed.text
             for entry in server.client().list_objects_v2(Bucket=bucket)["Contents"]:
                 path = release / "bucket" / entry["Key"]
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +201,7 @@ def main() -> None:
                 )
         finally:
             server.kill()
-        for name in ("stopped", "killed"):
+        for name in ("stopped", "killed", "sharded"):
             shutil.copytree(folder / name, release / name)
 
 

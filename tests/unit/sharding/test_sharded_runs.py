@@ -90,7 +90,7 @@ def test_a_killed_run_of_a_sharded_model_equals_the_undisturbed_one(
     assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
     assert "warning" not in outcome.resumed.text, outcome.resumed.text
     manifest = read_catalog(LocalStore(tmp_path / "killed")).manifests[-1]
-    assert (len(manifest.shards), manifest.format_version) == (ranks, 3)
+    assert (len(manifest.shards), manifest.format_version) == (ranks, 4)
 
 
 STEPS = LOOP.replace("epochs=2", "epochs=2, max_steps=STEPS")
@@ -148,7 +148,7 @@ def test_every_file_of_a_checkpoint_is_read_without_the_package(
 ) -> None:
     run, _ = six_steps
     manifest = json.loads((run / "checkpoints/step_00000006-0001.json").read_text())
-    assert manifest["format_version"] == 3
+    assert manifest["format_version"] == 4
     names = [file["name"] for file in manifest["files"]]
     stem = "step_00000006-0001"
     assert names == [f"{stem}.pt", f"{stem}/00000.pt", f"{stem}/00001.pt"]

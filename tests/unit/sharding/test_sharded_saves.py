@@ -118,6 +118,26 @@ def test_the_last_save_fails_on_all_ranks_if_one_cannot_write(tmp_path: Path, ra
     assert steps_of(tmp_path / "run") == [3, 6, 9]
 
 
+UNREADABLE = """
+class Unknown:
+    pass
+
+def writes_what_no_restart_reads(*arguments):
+    return write(*arguments[:4], lambda sink: torch.save(Unknown(), sink))
+
+if run.rank == RANK:
+    rank_save.write_shard = writes_what_no_restart_reads
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_first_shard_that_cannot_be_loaded_ends_all_ranks(tmp_path: Path, rank: int) -> None:
+    life = lived(tmp_path, UNREADABLE, rank=rank)
+    assert life.codes == [78, 78], life.texts
+    assert "what is tracked can be saved, but not loaded again" in life.text, life.text
+    assert steps_of(tmp_path / "run") == []
+
+
 def test_all_ranks_leave_when_a_newer_attempt_has_begun(tmp_path: Path) -> None:
     life = lived(tmp_path, NEWER, "if run.step == 5 and run.is_writer: begin_another()")
     assert life.codes == [76, 76], life.texts

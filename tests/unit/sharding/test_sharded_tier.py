@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_from_the_last_step(tmp_path: Path, tier: Path, wra
     killed = lived(tmp_path, "run", wrap, DIE="9")
     assert killed.codes[0] == -9 and steps_of(tmp_path / "run") == [6], killed.texts
     manifest = read_catalog(LocalStore(tier)).manifests[-1]  # the one before may be there still
-    assert (manifest.step, len(manifest.shards), manifest.format_version) == (8, 2, 3)
+    assert (manifest.step, len(manifest.shards), manifest.format_version) == (8, 2, 4)
     again = lived(tmp_path, "run", wrap)
     assert again.codes == [0, 0], again.texts
     assert "resumes from step 8" in again.text and "this machine's memory" in again.text
