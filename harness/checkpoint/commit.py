@@ -98,10 +98,13 @@ def commit(
 def check_readable(store: Store, key: str) -> None:
     """Raise UsageError if a file is intact but `torch.load` refuses it.
 
-    No run could resume from such a file.
+    No run could resume from such a file. Raises StorageError if it is gone: a newer attempt deletes
+    what this one has not committed.
     """
     try:
         outline(store, key)
+    except FileNotFoundError as error:
+        raise StorageError(f"{key} has vanished", f"found: {error}") from error
     except UNPARSEABLE as error:
         raise UsageError(
             "what is tracked can be saved, but not loaded again",

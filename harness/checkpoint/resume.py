@@ -18,7 +18,7 @@ from harness.checkpoint.fresh_start import check_fresh_start, newer_on_other_mac
 from harness.checkpoint.known import Known
 from harness.checkpoint.load import ElsewhereError, checked, parse, verified, verified_at_start
 from harness.distributed.ranks import World
-from harness.errors import DamagedError, HarnessError, StorageError, UsageError
+from harness.errors import DamagedError, HarnessError, LostRankError, StorageError, UsageError
 from harness.retry import reading
 from harness.store import Handle, LocalStore, SealedMemory, Store, keep
 
@@ -96,15 +96,13 @@ class Chooser:
         self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
         self.check, self.add_parts, self.are_apart = check, add_parts, are_apart
         self._known = [Known() for _ in stores]  # of all listings, on rank 0 only
-        self.sources: tuple[Store, ...] = (*stores, memory)
-        self.tier = memory
+        self.sources, self.tier = (*stores, memory), memory
         self._memory: SealedMemory | None = None  # on rank 0 only
 
     def once(self) -> tuple[ResumePoint, bool]:
         """List the stores once and try the candidates in order.
 
-        Returns the resume point, and True if a listed checkpoint was deleted meanwhile, so that
-        a new listing is needed.
+        Returns the resume point, and whether a listed checkpoint was deleted: then list again.
         """
         resume_point = ResumePoint(None)
         for text, places in self._on_writer(partial(self._look, resume_point)):
@@ -331,7 +329,9 @@ def _parse_manifest(text: str) -> Manifest:
 
 
 def _problem_fields(error: HarnessError) -> list[str]:
-    """Return the fields of a `Problem` in a form that can be sent to other ranks."""
+    """Return the fields of a `Problem` in a form that can be sent to others; raise a lost rank."""
+    if isinstance(error, LostRankError):  # there is nobody to decide with
+        raise error
     kinds = {fmt.NewerFormatError: NEWER, ElsewhereError: ELSEWHERE, DamagedError: DAMAGED}
     kind = next((kind for of, kind in kinds.items() if isinstance(error, of)), UNREAD)
     return [error.what + (f" ({error.found})" if error.found else ""), kind, error.remedy]
