@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent):
@@ -42,9 +43,8 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
 
     run = start(settings, stored)
     job = build(**settings.task.args)
-    stepper = step.Stepper(
-        job, settings.train, run.world, lambda: warm_start(run, job, settings.init)
-    )
+    begin = partial(warm_start, run, job, settings.init)
+    stepper = step.Stepper(job, settings.train, run.world, begin)
     run.track(**stepper.tracked)
     size = settings.train.global_batch_size
     accumulate = accumulation(size, run.world_size, settings.train.micro_batch_size)

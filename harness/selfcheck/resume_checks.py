@@ -69,8 +69,7 @@ def give_back(
 ) -> list[str]:
     """Restore the state of all tracked objects, if there is a checkpoint.
 
-    All objects are restored at each call, not only the new ones: a scheduler that is created after
-    its optimizer was restored has changed the learning rate of the optimizer.
+    All are restored at each call: a new scheduler has changed the learning rate of its optimizer.
 
     Args:
         tracked: All tracked objects, by name.
@@ -97,9 +96,8 @@ def give_back(
         uninitialised.check(new)
         return messages
     written = "harness" in origin.versions  # every parameter name that the file does not imply
-    notes = state.restore(
-        tracked, origin.classes, payload, origin.name, settings.accept, says_names=written
-    )
+    accept = settings.accept
+    notes = state.restore(tracked, origin.classes, payload, origin.name, accept, says_names=written)
     uninitialised.check(new)
     messages += [f"warning: {note}" for note in notes]
     if settings.override:
