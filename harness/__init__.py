@@ -19,6 +19,7 @@ Reading order, which is the order of a run:
     threads.py      the frames of all threads      source_code/  names that a program sets or reads
     sharding/       checkpoints of sharded models      ema.py         average of the weights
     hf/             safetensors, Hugging Face folders
+    meta/           models made on the device meta
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -36,6 +37,7 @@ Imports only go down these layers, and each third-party library has one door:
     state, step, checkpoint
     ema
     data
+    meta
     distributed
     config
     store, preemption, task
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from harness.exchange.importing import import_checkpoint
     from harness.exchange.rebuild import load_model
     from harness.exchange.weights import load_weights, warm_start
+    from harness.meta.materialize import materialize
     from harness.run import Run, init
     from harness.task import Task
 
@@ -69,6 +72,7 @@ __all__ = [
     "init",
     "load_model",
     "load_weights",
+    "materialize",
     "warm_start",
 ]
 __version__ = "0.1.0"
@@ -88,6 +92,7 @@ def __getattr__(name: str) -> Any:
         "import_checkpoint": "exchange.importing",
         "load_model": "exchange.rebuild",
         "load_weights": "exchange.weights",
+        "materialize": "meta.materialize",
         "warm_start": "exchange.weights",
     }
     if name not in homes:

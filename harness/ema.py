@@ -20,10 +20,16 @@ class Ema:
     copies_buffers = True
 
     def __init__(self, source: nn.Module, copy: nn.Module, decay: float) -> None:
-        """Begin with a copy of the module, of the same form (sharded in the same way)."""
+        """Begin with a copy of the module, of the same form (sharded in the same way).
+
+        It is given the module's present values.
+        """
         self.source, self.decay = source, decay
         self.module = copy.requires_grad_(False).eval()
         self._hook: Callable[..., object] = lambda *_: None
+        with torch.no_grad():
+            for own, its in zip(_tensors(self.module), _tensors(source), strict=True):
+                own.copy_(its)
 
     def register_step_pre_hook(self, hook: Callable[..., object]) -> None:
         """Call `hook` before each update, as an optimizer does.
@@ -50,3 +56,7 @@ class Ema:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of the averaged module."""
         self.module.load_state_dict(state)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]

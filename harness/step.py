@@ -27,14 +27,22 @@ class Stepper:
     """A task prepared for its ranks; calling it makes one optimizer step.
 
     It holds the modules, wrapped for DDP and compiled if the settings say so, the optimizers, the
-    schedulers, the gradient scaler, and the moving averages of the weights.
+    schedulers, the gradient scaler, and the moving averages of the weights. `begin` is called
+    once the modules have their form for training: it may load the weights to begin with.
     """
 
-    def __init__(self, task: Task, settings: TrainSettings, world: World) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: TrainSettings,
+        world: World,
+        begin: Callable[[], object] = lambda: None,
+    ) -> None:
         self.task, self.settings, self.device = task, settings, world.device
         self._is_sharded = settings.shard != "none" and world.joined
         self.optimizers = named(task.optimizers, "optimizer")
         self.modules, copies = self._prepared(world)
+        begin()
         self.schedulers = named(task.schedulers, "scheduler")
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
         self.guard = FiniteGuard(settings.nonfinite, settings.nonfinite_limit)
@@ -52,9 +60,10 @@ class Stepper:
         Raises:
             UsageError: The settings do not fit the ranks, or the optimizers the settings.
         """
+        from harness.meta.materialize import materialize_task, place
+
         settings, modules = self.settings, named(self.task.modules, "model")
-        for module in modules.values():
-            module.to(world.device)
+        place(modules, world.device)
         copies = dict[str, Any]()
         if self._is_sharded and self.task.step is not None:
             raise UsageError(
@@ -68,6 +77,7 @@ class Stepper:
             copies = fsdp.prepare(modules, blocks, optimizers, settings, world)
         elif settings.ema_decay is not None:
             copies = copy.deepcopy(modules)
+        materialize_task(modules, copies, world.device)
         if not self._is_sharded:
             modules = {name: wrap(module, world) for name, module in modules.items()}
         if settings.compile:
@@ -236,13 +246,8 @@ def gradient_norm(modules: Sequence[nn.Module], clip_norm: float | None) -> torc
 
     The gradients are clipped to `clip_norm`, unless it is None.
     """
-    parameters = [
-        parameter
-        for module in modules
-        for parameter in module.parameters()
-        if parameter.grad is not None
-    ]
-    norm = nn.utils.clip_grad_norm_(parameters, float("inf") if clip_norm is None else clip_norm)
+    updated = [each for module in modules for each in module.parameters() if each.grad is not None]
+    norm = nn.utils.clip_grad_norm_(updated, float("inf") if clip_norm is None else clip_norm)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
 

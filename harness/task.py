@@ -30,6 +30,8 @@ class Task:
     * `evaluate(modules, batch)` returns sums over the samples of the batch, as
       {"val_loss": …, "val_acc": …}; each sum is divided by the number of samples. Without it, the
       mean of `loss` is used as "val_loss".
+    * `modules` may be made under torch.device("meta"): they are sharded first, if they are to be,
+      and then initialised part by part, as `harness.materialize` does.
     * `blocks` are the parts of the modules that are sharded (train.shard), and whose activations
       are computed again (train.checkpoint_activations), one by one; by default, the modules of one
       class in each ModuleList and Sequential.

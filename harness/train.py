@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent):
@@ -42,8 +43,8 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
 
     run = start(settings, stored)
     job = build(**settings.task.args)
-    warm_start(run, job, settings.init)
-    stepper = step.Stepper(job, settings.train, run.world)
+    begin = partial(warm_start, run, job, settings.init)
+    stepper = step.Stepper(job, settings.train, run.world, begin)
     run.track(**stepper.tracked)
     size = settings.train.global_batch_size
     accumulate = accumulation(size, run.world_size, settings.train.micro_batch_size)
@@ -88,12 +89,8 @@ def start(settings: Config, stored: dict[str, Any]) -> Run:
     """
     import harness
 
-    return harness.init(
-        settings.run.dir,
-        remote=settings.run.remote,
-        config=stored,
-        **config.arguments(settings, harness.init),
-    )
+    more = config.arguments(settings, harness.init)
+    return harness.init(settings.run.dir, remote=settings.run.remote, config=stored, **more)
 
 
 def warm_start(run: Run, job: Task, settings: InitSettings) -> None:
@@ -105,11 +102,7 @@ def warm_start(run: Run, job: Task, settings: InitSettings) -> None:
 
     if settings.from_ is not None:
         harness.warm_start(
-            run,
-            job.modules,
-            settings.from_,
-            strict=settings.strict,
-            rename=settings.rename,
+            run, job.modules, settings.from_, strict=settings.strict, rename=settings.rename
         )
 
 

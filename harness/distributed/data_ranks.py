@@ -40,7 +40,7 @@ def deal(world: World, tracked: Mapping[str, Any]) -> str:
         UsageError: The modules or the ranks do not agree, it cannot be told which ranks need the
             same samples, or the data was dealt out already.
     """
-    modules = {name: part for own, obj in tracked.items() for name, part in _modules_of(own, obj)}
+    modules = {name: part for own, obj in tracked.items() for name, part in modules_in(own, obj)}
     dtensors.reshard(map(unwrap, modules.values()))
     mine = _averaged_over(modules, world.rank, world.size)
     groups = _checked(world.gather(("track", sorted(tracked), mine)))
@@ -57,7 +57,7 @@ def deal(world: World, tracked: Mapping[str, Any]) -> str:
     ) + "; on GPUs it was never measured" * (world.device.type == "cuda")
 
 
-def _modules_of(name: str, obj: Any) -> Iterator[tuple[str, nn.Module]]:
+def modules_in(name: str, obj: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield a tracked module, or the modules in the attributes of another object, with a name."""
     if isinstance(unwrap(obj), nn.Module):
         yield name, obj

@@ -296,7 +296,15 @@ def layout_of(name: str, tensor: Any) -> Layout:
     """
     key = tensor.device_mesh, tensor.placements, tensor.shape
     if (known := _layouts.get(key)) is None:
-        layout = _described(name, tensor)
+        layout = own_layout(name, tensor)
+        everyone = range(torch.distributed.get_world_size())
+        if lacking := [rank for rank in everyone if rank not in layout.ranks]:
+            raise UsageError(
+                f"{name} lies on a mesh without all ranks",
+                f"found: ranks {list(layout.ranks)}, not {lacking}",
+                "Every rank that trains must hold a part, or a copy, of what it tracks: shard it, "
+                "or replicate it, along each dimension of the mesh.",
+            )
         expected = layout.box(torch.distributed.get_rank(), tensor.shape).size
         known = _layouts[key] = layout, expected
     layout, expected = known
@@ -309,7 +317,8 @@ def layout_of(name: str, tensor: Any) -> Layout:
     return layout
 
 
-def _described(name: str, tensor: Any) -> Layout:
+def own_layout(name: str, tensor: Any) -> Layout:
+    """Return the layout of a sharded tensor, on all ranks or some; errors as `spelled`."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -323,16 +332,7 @@ def _described(name: str, tensor: Any) -> Layout:
             and it.dim % dimensions == _dimension(placement, dimensions)
         ]
         placements.append(spelled(name, placement, dimensions, math.prod(to_the_right)))
-    layout = _on_whole_mesh(mesh, placements)
-    everyone = range(torch.distributed.get_world_size())
-    if lacking := [rank for rank in everyone if rank not in layout.ranks]:
-        raise UsageError(
-            f"{name} lies on a mesh without all ranks",
-            f"found: ranks {list(layout.ranks)}, not {lacking}",
-            "Every rank that trains must hold a part, or a copy, of what it tracks: shard it, or "
-            "replicate it, along each dimension of the mesh.",
-        )
-    return layout
+    return _on_whole_mesh(mesh, placements)
 
 
 def _on_whole_mesh(mesh: Any, placements: Sequence[Placement]) -> Layout:

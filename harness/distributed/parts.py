@@ -74,6 +74,26 @@ def hold_parts(objects: Collection[Any]) -> bool:
     return dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)
 
 
+def own_box(where: str, tensor: Any) -> Box:
+    """Return the part of a sharded tensor that this rank holds; `where` is its path.
+
+    The tensor may lie on a mesh of some ranks: before `run.track` it is not known which have copies
+    of those that `fully_shard` alone has sharded, beside tensor parallelism.
+
+    Raises:
+        UsageError: The part is not the one that the cutting rule gives.
+    """
+    layout = dtensors.own_layout(where, tensor)
+    box = layout.box(torch.distributed.get_rank(), tuple(tensor.shape))
+    if (found := tuple(dtensors.local_of(tensor).shape)) != box.size:
+        raise UsageError(
+            f"{where} is not cut as torch {torch.__version__} is expected to cut it",
+            f"found: a part of shape {found} on this rank, expected: {box.size}",
+            "Take a version of PyTorch that is tested.",
+        )
+    return box
+
+
 def path_of(where: Any) -> str:
     """Return the path of a value in a checkpoint: its keys, with slashes between them."""
     return where if isinstance(where, str) else f"{path_of(where[0])}/{where[1]}"

@@ -321,6 +321,19 @@ def last_collective() -> str:
         return ""
 
 
+def gathered(value: T) -> list[T]:
+    """Return every process's value, in the order of ranks, without a `World`.
+
+    Collective: every rank must call it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    with lost_rank_errors():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def own_rank() -> int:
     """Return this process's rank from the environment; no process group is needed."""
     return int(os.environ.get("RANK", "0"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from harness.distributed import dtensors, layout
 from harness.distributed.layout import Box
-from harness.distributed.parts import Parts, Wanted
+from harness.distributed.parts import Parts, Wanted, own_box
 from harness.errors import UsageError
 
 PLACED, PARTIAL = "placed", "partial"  # a key of `placed_gradient`, and a kind of placement
@@ -75,18 +75,32 @@ def made_whole(
     return whole
 
 
-def sharded_alike(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict whose whole tensors are sharded as those of the module.
+def sharded_alike(
+    module: nn.Module, state: dict[str, Any], used: Callable[[torch.Tensor], object]
+) -> dict[str, Any]:
+    """Return a state dict for a module, with tensors of its own in place of whole ones.
 
-    No collective is used: each rank takes its part of what it has whole.
+    Where the module has a sharded tensor, this rank's part of the whole one is copied into it at
+    once, so that no rank needs memory for a second copy of its parts. No collective is used.
+
+    Args:
+        module: the module.
+        state: the state dict, which fits the module.
+        used: called with each whole tensor that is not needed any more.
     """
     if not dtensors.holds_sharded([module]):
         return state
-    own, taker = module.state_dict(), _Taker(None)
-    made = type(state)(
-        (key, value if dtensors.is_sharded(value) else taker.taken(key, value, own.get(key)))
-        for key, value in state.items()
-    )
+    own, made = module.state_dict(), type(state)()
+    for key, value in state.items():
+        live: Any = own.get(key)
+        is_whole = isinstance(value, torch.Tensor) and not dtensors.is_sharded(value)
+        if is_whole and dtensors.is_sharded(live) and live.shape == value.shape:
+            whole_box = Box((0,) * value.dim(), tuple(value.shape))
+            with torch.no_grad():
+                dtensors.local_of(live).copy_(value[own_box(key, live).within(whole_box)])
+            used(value)
+            value = live
+        made[key] = value
     if hasattr(state, "_metadata"):
         made._metadata = state._metadata  # type: ignore[attr-defined]
     return made
@@ -155,7 +169,7 @@ class _Taker:
                 self.wanted.append(Wanted(path, whole_box, whole))
             return self._whole[path]
         made = dtensors.empty_like(live, saved.dtype)
-        box = dtensors.layout_of(where, live).box(torch.distributed.get_rank(), tuple(saved.shape))
+        box = own_box(where, live)
         local = dtensors.local_of(made)
         if path is None:
             with torch.no_grad():

@@ -31,14 +31,7 @@ from harness.hf.safetensors_file import load_safetensors, safetensors_outline
 from harness.monitoring.console import ProgressBar
 from harness.sharding import dcp_folder
 from harness.sharding.shards import made_whole
-from harness.store import (
-    LocalStore,
-    SealedMemory,
-    check_url,
-    is_url,
-    open_store,
-    redacted,
-)
+from harness.store import LocalStore, SealedMemory, check_url, is_url, open_store, redacted
 from harness.supervision import run_address
 from harness.supervision.run_address import WAIT_S
 from harness.text import muted
@@ -105,6 +98,7 @@ def read_any(
     *,
     trust: bool = False,
     weights_only: bool = False,
+    maps: bool = False,
 ) -> Loaded:
     """Read a checkpoint of a run, which is verified, or any other file, with all data.
 
@@ -113,13 +107,14 @@ def read_any(
         which: Checkpoint of a run: "newest", "best" or a step.
         trust: Let a pickle run the code that it names.
         weights_only: Leave optimizer state that is sharded without data.
+        maps: Read of a local safetensors file what is used alone, as of a folder of them.
 
     Raises:
         UsageError: There is no such file, it holds no model, or it wants to run code.
         DamagedError: The file is damaged or cut short.
         StorageError: The store cannot be read.
     """
-    folder = _files_in(path)
+    folder = _files_in(path, maps=maps)
     if folder or not is_ours(str(path)):
         if which != run_address.NEWEST:
             raise UsageError(
@@ -138,8 +133,10 @@ def read_any(
     return Loaded(file, payload, manifest=manifest)
 
 
-def _files_in(path: str | Path) -> list[Path]:
+def _files_in(path: str | Path, *, maps: bool = False) -> list[Path]:
     """Return the files of a folder of formats.DCP, or of Hugging Face; [] if it is neither."""
+    if maps and str(path).endswith(".safetensors") and os.path.isfile(path):
+        return [Path(path)]
     if is_url(str(path)) or os.path.isdir(f"{path}/{fmt.CHECKPOINTS}"):
         return []
     return dcp_folder.dcp_files(Path(path)) or hf_folder.hf_files(Path(path))
@@ -149,7 +146,9 @@ def _of_folder(path: str | Path, held: list[Path], *, with_data: bool = True) ->
     """Return what the files `held` in a folder hold; those of Hugging Face are mapped."""
     is_dcp = held[0].name == dcp_folder.METADATA
     kind = formats.DCP if is_dcp else formats.SAFETENSORS
-    file = File(LocalStore(path), held[0].name, kind, sum(each.stat().st_size for each in held))
+    file = File(
+        LocalStore(held[0].parent), held[0].name, kind, sum(each.stat().st_size for each in held)
+    )
     with _reader_errors(file):
         if not is_dcp:
             return Loaded(file, hf_folder.mapped(Path(path)))

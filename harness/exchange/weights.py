@@ -22,6 +22,8 @@ from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 from harness.exchange import files, recognise
 from harness.exchange.recognise import MODULE, Part
+from harness.hf.safetensors_file import let_go
+from harness.meta.uninitialised import check_memory
 from harness.task import named
 
 if TYPE_CHECKING:
@@ -66,7 +68,8 @@ def load_weights(
             "load_weights takes a module, and then a file",
             f"found: first a {type(module).__name__}",
         )
-    loaded = files.read_any(source, which, trust=trust, weights_only=True)
+    maps = dtensors.holds_sharded([module])
+    loaded = files.read_any(source, which, trust=trust, weights_only=True, maps=maps)
     where, called = loaded.file.where, {"model": part} if part else {}
     chosen = choose(["model"], recognise.recognise(loaded), called, where)["model"]
     return fit({"model": (module, chosen)}, strict=strict, rename=rename or {}, where=where)
@@ -100,19 +103,16 @@ def warm_start(
         )
         return
     mine = named(modules, "model")
+    is_sharded = dtensors.holds_sharded(mine.values())
 
     def load() -> str:
-        loaded = files.read_any(source, weights_only=True)
+        loaded = files.read_any(source, weights_only=True, maps=is_sharded)
         where = loaded.file.where
         chosen = choose(list(mine), recognise.recognise(loaded), {}, where, partly=not strict)
-        return fit(
-            {name: (mine[name], part) for name, part in chosen.items()},
-            strict=strict,
-            rename=rename or {},
-            where=where,
-        )
+        pairs = {name: (mine[name], part) for name, part in chosen.items()}
+        return fit(pairs, strict=strict, rename=rename or {}, where=where)
 
-    if dtensors.holds_sharded(mine.values()):  # each rank reads what it holds
+    if is_sharded:  # each rank reads what it holds
         text = _same(run.world.on_each(load, give_up=preemption.requested), source)
     else:
         text = run.world.on_writer(load, give_up=preemption.requested)
@@ -203,9 +203,11 @@ def fit(
         A text with the number of tensors loaded and a table of those that do not fit.
 
     Raises:
-        UsageError: With `strict`, something does not fit; without it, nothing fits; or `rename` is
-            not valid. No module has been changed.
+        UsageError: With `strict`, something does not fit; without it, nothing fits; `rename` is
+            not valid, or a module is on meta. No module has been changed.
     """
+    for module, _ in pairs.values():
+        check_memory(unwrap(module))
     saved = {
         name: with_new_names(unwrap(module), part.value, rename, where)
         for name, (module, part) in pairs.items()
@@ -226,7 +228,7 @@ def fit(
         notes = [idle_note, *hints, INSIST if count else NOTHING_FITS]
         raise UsageError(problem, state.mismatch_table(rows), " ".join(filter(None, notes)))
     for name, (module, _) in pairs.items():
-        unwrap(module).load_state_dict(sharded_alike(unwrap(module), fits[name][0]))
+        unwrap(module).load_state_dict(sharded_alike(unwrap(module), fits[name][0], let_go))
     notes = [part.note for _, part in pairs.values() if part.note] + ([idle_note] if idle else [])
     text = "; ".join([f"loaded {count} of {total} tensors from {where}", *notes])
     return f"{text}\n{state.mismatch_table(rows)}" if rows else text

@@ -59,9 +59,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def mapped(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a folder by name, as views of its files; see `mapped_safetensors`.
 
+    One file may be given in place of a folder.
+
     Raises:
         DamagedError: As `hf_files`; or a file lacks a tensor that the index places there.
     """
+    if folder.is_file():
+        return mapped_safetensors(folder)
     of_index = _weight_map(folder)
     files = {file.name: mapped_safetensors(file) for file in _files(folder, of_index)}
     if of_index.keys() == {""}:

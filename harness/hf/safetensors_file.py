@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 import struct
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +15,8 @@ import torch
 from harness.errors import DamagedError, UsageError
 from harness.text import size
 
+# The maps of files that tensors are views of, by address.
+_maps = weakref.WeakValueDictionary[int, mmap.mmap]()
 HEADER_BYTES = 100 << 20  # largest safetensors header that its specification allows
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -90,6 +94,8 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 def mapped_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file, as views of the file: what is used is read.
 
+    What was read of it stays in memory until `let_go`.
+
     Raises the same errors as `safetensors_outline`.
     """
     size_bytes = path.stat().st_size
@@ -98,8 +104,9 @@ def mapped_safetensors(path: Path) -> dict[str, torch.Tensor]:
         opened.seek(0)
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
-    memory = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size_bytes)
-    held = torch.empty(0, dtype=torch.uint8).set_(memory)  # type: ignore[arg-type]
+        memory = mmap.mmap(opened.fileno(), size_bytes, access=mmap.ACCESS_COPY)
+    held = torch.frombuffer(memory, dtype=torch.uint8)
+    _maps[held.data_ptr()] = memory
     begin = {name: header[name]["data_offsets"][0] + 8 + length for name in shapes}
     tensors = {}
     for name, meta in shapes.items():
@@ -108,6 +115,15 @@ def mapped_safetensors(path: Path) -> dict[str, torch.Tensor]:
             data = data.clone()
         tensors[name] = data.view(meta.dtype).view(meta.shape)
     return tensors
+
+
+def let_go(tensor: torch.Tensor) -> None:
+    """Let go of the memory that holds what was read of a mapped file through one of its tensors.
+
+    It would be read again. Nothing is done for any other tensor.
+    """
+    if (memory := _maps.get(tensor.untyped_storage().data_ptr())) is not None:
+        memory.madvise(mmap.MADV_DONTNEED)
 
 
 def save_safetensors(

@@ -17,6 +17,7 @@ from harness.checkpoint.format import Manifest
 from harness.config.init_arguments import check
 from harness.distributed import join, ranks
 from harness.distributed.ranks import World
+from harness.meta import uninitialised
 from harness.monitoring.console import Console
 from harness.monitoring.goodput import RESTORE, Goodput, age_s
 from harness.monitoring.metric_buffer import MetricBuffer
@@ -80,6 +81,7 @@ def _assembled(arguments: Mapping[str, Any]) -> Run:
     console = Console()
     goodput = Goodput(age_s=age_s(), say=console.say)
     watch_loaders()
+    uninitialised.watch()
     world = _joined(arguments["timeout_s"], stores, exit_record, goodput)
     state.seed_rank(settings.seed, "build")  # the same on all ranks: equal models
     store_health = listen(stores, world.is_writer)

@@ -16,6 +16,7 @@ from harness.distributed.data_ranks import changed_ranks, dealt_to
 from harness.distributed.parts import PARTS
 from harness.distributed.ranks import World
 from harness.errors import UsageError
+from harness.meta import uninitialised
 from harness.selfcheck.data_checks import check_data
 from harness.untracked import foreign_optimizers
 
@@ -69,8 +70,7 @@ def give_back(
 ) -> list[str]:
     """Restore the state of all tracked objects, if there is a checkpoint.
 
-    All objects are restored at each call, not only the new ones: a scheduler that is created after
-    its optimizer was restored has changed the learning rate of the optimizer.
+    All are restored at each call: a new scheduler has changed the learning rate of its optimizer.
 
     Args:
         tracked: All tracked objects, by name.
@@ -85,7 +85,7 @@ def give_back(
         Warnings and notices to print.
 
     Raises:
-        UsageError: The checkpoint does not fit the objects.
+        UsageError: The checkpoint does not fit the objects, or one of them is not initialised.
     """
     messages = [
         f"warning: {name}.state_dict() is empty: {EMPTY}"
@@ -94,11 +94,12 @@ def give_back(
     ]
     built |= {name: state.as_built(obj) for name, obj in new.items()}
     if payload is None or origin is None:
+        uninitialised.check(new)
         return messages
     written = "harness" in origin.versions  # every parameter name that the file does not imply
-    notes = state.restore(
-        tracked, origin.classes, payload, origin.name, settings.accept, says_names=written
-    )
+    accept = settings.accept
+    notes = state.restore(tracked, origin.classes, payload, origin.name, accept, says_names=written)
+    uninitialised.check(new)
     messages += [f"warning: {note}" for note in notes]
     if settings.override:
         lines = state.apply_override(built, _built_anew(tracked, built, before))

@@ -98,6 +98,7 @@ def test_imports_only_go_down(file):
             "",
             "errors",
             "exchange",
+            "meta",
             "run",
             "task",
         }
@@ -163,6 +164,7 @@ GATES = {
     "harness.exchange.weights",
     "harness.ema",
     "harness.distributed.fsdp",
+    "harness.meta.materialize",
 }
 
 
@@ -415,7 +417,7 @@ FILLED_IN = {
         "timer",
         "alarm",
     ),
-    *("within", "seen", "program_run", "traces", "_BaseDataLoaderIter"),
+    *("within", "seen", "program_run", "traces", "_BaseDataLoaderIter", "Module"),
 }
 # Simple values, held by one object.
 OWN_PARTS = ("self._kept", "self._hooks", "self._generators", "self._dealt", "self.fs", "self.head")

@@ -162,3 +162,12 @@ def test_a_file_that_does_not_fit_a_sharded_model_is_refused_on_all_ranks(tmp_pa
     torch.save({"0.weight": torch.zeros(5, 9)}, tmp_path / "other.pt")
     life = live(tmp_path, SHARDED, "run", ranks=2, env={"FROM": str(tmp_path / "other.pt")})
     assert life.codes == [78, 78] and "does not fit" in life.text, life.texts
+
+
+def test_weights_for_a_model_on_the_device_meta_are_refused(tmp_path: Path) -> None:
+    """torch drops what is loaded there, with a warning."""
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "model.pt")
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    with pytest.raises(UsageError, match=r"2 tensor.s. of the model are on the device meta"):
+        harness.load_weights(model, tmp_path / "model.pt")
