@@ -76,7 +76,10 @@ def made_whole(
 
 
 def sharded_alike(
-    module: nn.Module, state: dict[str, Any], used: Callable[[torch.Tensor], object]
+    module: nn.Module,
+    state: dict[str, Any],
+    begun: Callable[[torch.Tensor], object],
+    used: Callable[[torch.Tensor], object],
 ) -> dict[str, Any]:
     """Return a state dict for a module, with tensors of its own in place of whole ones.
 
@@ -86,6 +89,7 @@ def sharded_alike(
     Args:
         module: the module.
         state: the state dict, which fits the module.
+        begun: called with each part of a whole tensor before it is copied.
         used: called with each whole tensor that is not needed any more.
     """
     if not dtensors.holds_sharded([module]):
@@ -96,8 +100,10 @@ def sharded_alike(
         is_whole = isinstance(value, torch.Tensor) and not dtensors.is_sharded(value)
         if is_whole and dtensors.is_sharded(live) and live.shape == value.shape:
             whole_box = Box((0,) * value.dim(), tuple(value.shape))
+            part = value[own_box(key, live).within(whole_box)]
+            begun(part)
             with torch.no_grad():
-                dtensors.local_of(live).copy_(value[own_box(key, live).within(whole_box)])
+                dtensors.local_of(live).copy_(part)
             used(value)
             value = live
         made[key] = value

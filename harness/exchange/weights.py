@@ -22,7 +22,7 @@ from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 from harness.exchange import files, recognise
 from harness.exchange.recognise import MODULE, Part
-from harness.hf.safetensors_file import let_go
+from harness.hf.safetensors_file import let_go, read_alone
 from harness.meta.uninitialised import check_memory
 from harness.task import named
 
@@ -228,7 +228,8 @@ def fit(
         notes = [idle_note, *hints, INSIST if count else NOTHING_FITS]
         raise UsageError(problem, state.mismatch_table(rows), " ".join(filter(None, notes)))
     for name, (module, _) in pairs.items():
-        unwrap(module).load_state_dict(sharded_alike(unwrap(module), fits[name][0], let_go))
+        live, saved = unwrap(module), fits[name][0]
+        live.load_state_dict(sharded_alike(live, saved, read_alone, let_go))
     notes = [part.note for _, part in pairs.values() if part.note] + ([idle_note] if idle else [])
     text = "; ".join([f"loaded {count} of {total} tensors from {where}", *notes])
     return f"{text}\n{state.mismatch_table(rows)}" if rows else text

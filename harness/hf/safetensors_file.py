@@ -117,6 +117,20 @@ def mapped_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def read_alone(part: torch.Tensor) -> None:
+    """Read a contiguous part of a tensor of a mapped file ahead, and nothing that lies beside it.
+
+    The kernel would read megabytes around each page. Nothing is done for any other tensor.
+    """
+    storage = part.untyped_storage()
+    if (memory := _maps.get(storage.data_ptr())) is not None and part.nbytes:
+        memory.madvise(mmap.MADV_RANDOM)
+        if part.is_contiguous():
+            begin = part.data_ptr() - storage.data_ptr()
+            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, page, begin + part.nbytes - page)
+
+
 def let_go(tensor: torch.Tensor) -> None:
     """Let go of the memory that holds what was read of a mapped file through one of its tensors.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,42 @@ def test_a_start_needs_a_rank_s_parts_and_one_tensor(tmp_path: Path, kind: str) 
     lived = live(tmp_path, BEGIN, "run", ranks=2, env=env)
     for peak_kb in printed(lived, "PEAK"):
         assert 0.9 * PART_KB < peak_kb <= 1.2 * PART_KB + TENSOR_KB, (peak_kb, PART_KB)
+
+
+READ = """
+import json
+from torch.distributed.fsdp import fully_shard
+
+run = init()
+with torch.device("meta"):
+    model = nn.Sequential(*(nn.Linear(1024, 4096, bias=False) for _ in range(4)))
+fully_shard(model)
+model.to_empty(device="cpu")
+
+
+def read():
+    lines = open("/proc/self/io").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+os.chdir(f"{os.environ['FILE']}/{run.rank}")  # each rank has a file of its own
+file = "weights.safetensors"
+with open(file, "rb") as opened:
+    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+before = read()
+harness.load_weights(model, file)
+print("READ", json.dumps(read() - before))
+"""
+
+
+def test_a_rank_reads_its_parts_of_safetensors_alone(tmp_path: Path) -> None:
+    weights = {f"{at}.weight": torch.full((4096, 1024), float(at)) for at in range(4)}
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        save_file(weights, tmp_path / str(rank) / "weights.safetensors")
+        with (tmp_path / str(rank) / "weights.safetensors").open("rb") as opened:
+            os.fsync(opened.fileno())  # else it stays in memory
+    lived = live(tmp_path, READ, "run", ranks=2, env={"FILE": str(tmp_path)})
+    for read_bytes in printed(lived, "READ"):
+        # 0 where the file system is memory
+        assert read_bytes < 0.6 * 4 * 4096 * 1024 * 4, f"{read_bytes} bytes"
