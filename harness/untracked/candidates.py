@@ -64,11 +64,8 @@ class Candidate:
 
 def find_candidates(
     roots: list[tuple[str, Any]], tracked: set[int], source: Any
-) -> tuple[list[Candidate], bool]:
-    """Find every object with state, by the shortest path to it.
-
-    Also returns whether the search has come to its end, and not to a limit.
-    """
+) -> list[Candidate]:
+    """Find every object with state, by the shortest path to it."""
     limit = TimeLimit(WITHIN_S)
     own_dataset = getattr(source, "dataset", None)
     in_workers = bool(getattr(getattr(source, "workers", None), "number", 0))
@@ -94,7 +91,7 @@ def find_candidates(
         if isinstance(obj, nn.Module):
             inside |= {id(part) for part in obj.modules()}
         candidates.append(_candidate(path, obj, kind, of_workers=id(obj) in of_workers))
-    return candidates, not limit.is_cut
+    return candidates
 
 
 def is_of_evaluation(holder: Any, part: Any, source: Any) -> bool:
@@ -164,8 +161,6 @@ def walk(
                 if tells_its_class(part) and not isinstance(part, ATOMS) and enters(obj, name, part)
             ]
             (last if len(held) > FEW else waiting).extend(held)
-    if waiting or last:
-        limit.cut()
 
 
 def _is_a_librarys(obj: Any) -> bool:

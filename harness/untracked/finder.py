@@ -84,7 +84,7 @@ class UntrackedFinder:
         self._source: Any = None
         self._roots, self._is_over = Roots(), False
         self._values, self._sharing = ProgramValues(), Sharing({})
-        self._is_whole, self._is_cut_reported, self._counters = True, False, 0
+        self._is_cut_reported, self._counters = False, 0
         self._saved: Any = None
 
     def begin(
@@ -112,7 +112,7 @@ class UntrackedFinder:
         with self._harmless():
             own = self._ask()
             others = {id(obj) for obj in tracked.values()} - own
-            found, self._is_whole = find_candidates(list(self._all_roots(frame)), others, source)
+            found = find_candidates(list(self._all_roots(frame)), others, source)
             self._candidates = [each for each in found if id(each.obj) not in own]
             enters = self._enters(self._kept())
             named = self._by_id(own)
@@ -216,12 +216,12 @@ class UntrackedFinder:
             self._tell(lost)
             again = [each for each in self._candidates if each.kind in (GENERATOR, NUMBERS)]
             self._candidates = [each for each in again if each not in lost]
-        if not (self._values.is_whole and self._is_whole) and not self._is_cut_reported:
+        if not self._values.is_whole and not self._is_cut_reported:
             self._is_cut_reported = True
             self._say(
                 "harness: warning: the program holds more objects than are searched for state that "
-                f"is not tracked ({MOST_OBJECTS}, or as many as take {WITHIN_S:g} s at the start "
-                f"and {LOOK_S:g} s later): some of it may be lost at a restart unnamed"
+                f"is not tracked ({MOST_OBJECTS}, or as many as take {LOOK_S:g} s): some of it may "
+                "be lost at a restart unnamed"
             )
         known = [name.rpartition(" (")[0] for name in self.names]
         enters = self._enters(kept)

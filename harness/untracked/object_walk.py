@@ -59,11 +59,6 @@ class TimeLimit:
 
     def __init__(self, seconds: float) -> None:
         self._until_s, self._own_s = time.perf_counter() + seconds, time.thread_time() + seconds
-        self.is_cut = False  # a search has ended before its end
-
-    def cut(self) -> None:
-        """Note that a search has ended before its end, at this limit or another one."""
-        self.is_cut = True
 
     def is_over(self) -> bool:
         """Return whether the time is over."""

@@ -154,17 +154,6 @@ def test_what_lives_and_is_not_tracked_is_named_with_the_path_to_it(tmp_path):
     )
 
 
-def test_a_search_that_ends_at_its_limit_is_said(tmp_path):
-    limits = "from harness.untracked import candidates\ncandidates.WITHIN_S = 0.0\n"
-    source = PROGRAM.replace("BEFORE", AUGMENT + limits).replace("STEP", "pass")
-    source = source.replace("SETUP", "augment = Augment(np.random.default_rng(3))")
-    lived = live(tmp_path, source, "whole")
-    assert lived.code == 0, lived.text
-    assert lived.text.count("holds more objects than are searched") == 1, lived.text
-    plain = live(tmp_path, source.replace(limits, ""), "plain")
-    assert "holds more objects" not in plain.text, plain.text
-
-
 def test_a_generator_of_the_module_that_is_drawn_from_later_is_named_then(tmp_path):
     step = "run.step > 5 and RNG.random()"
     assert named(tmp_path, "", step, "RNG = np.random.default_rng(0)") == [
