@@ -227,9 +227,8 @@ def fit(
         problem = f"{where} does not fit: {count} of {total} tensors do, {len(rows)} do not"
         notes = [idle_note, *hints, INSIST if count else NOTHING_FITS]
         raise UsageError(problem, state.mismatch_table(rows), " ".join(filter(None, notes)))
-    for name, (module, _) in pairs.items():
-        live, saved = unwrap(module), fits[name][0]
-        live.load_state_dict(sharded_alike(live, saved, read_alone, let_go))
+    for name, own in ((name, unwrap(module)) for name, (module, _) in pairs.items()):
+        own.load_state_dict(sharded_alike(own, fits[name][0], read_alone, let_go))
     notes = [part.note for _, part in pairs.values() if part.note] + ([idle_note] if idle else [])
     text = "; ".join([f"loaded {count} of {total} tensors from {where}", *notes])
     return f"{text}\n{state.mismatch_table(rows)}" if rows else text
