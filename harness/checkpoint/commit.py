@@ -21,7 +21,7 @@ from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.catalog import extended
 from harness.checkpoint.format import DataFile, Lineage, Manifest
 from harness.checkpoint.load import UNPARSEABLE, outline, reason, verified_chunks
-from harness.errors import SaveError, StorageError, UsageError
+from harness.errors import SaveError, StorageError, SupersededError, UsageError
 from harness.store import Sink, Store
 from harness.text import now
 
@@ -55,8 +55,8 @@ def commit(
     """Write `payload` as the checkpoint of its step, durably.
 
     On return, the checkpoint exists and is durable. After an error no checkpoint exists, and none
-    of its files remain if the store can delete them. The exception is a checkpoint that was
-    committed already: it stays.
+    of its files remain if the store can delete them. The exceptions are a checkpoint that was
+    committed already, which stays, and one whose manifest was asked for: see `_clean_up`.
 
     Args:
         store: Store that receives the checkpoint.
@@ -82,7 +82,7 @@ def commit(
 
     def build(file: DataFile) -> Manifest:
         if about.read_back:
-            check_readable(store, fmt.data_key(step, attempt.number))
+            check_readable(store, fmt.data_key(step, attempt.number), attempt)
         check()
         return _manifest(attempt, payload, about, file)
 
@@ -95,15 +95,16 @@ def commit(
     )
 
 
-def check_readable(store: Store, key: str) -> None:
+def check_readable(store: Store, key: str, attempt: Attempt) -> None:
     """Raise UsageError if a file is intact but `torch.load` refuses it.
 
-    No run could resume from such a file. Raises StorageError if it is gone: a newer attempt deletes
-    what this one has not committed.
+    No run could resume from such a file. If it is gone: SupersededError, as a newer attempt deletes
+    what earlier ones have not committed, or StorageError.
     """
     try:
         outline(store, key)
     except FileNotFoundError as error:
+        check_fence(store, attempt)
         raise StorageError(f"{key} has vanished", f"found: {error}") from error
     except UNPARSEABLE as error:
         raise UsageError(
@@ -224,10 +225,8 @@ def _commit(
             f"step {step} of attempt {attempt.number} is committed already: {error}"
         ) from error
     except BaseException as error:
-        # The manifest goes first: if it cannot be deleted, its data must stay.
-        with contextlib.suppress(StorageError):
-            for name in written:
-                store.with_retry_limit(CLEAN_UP_S).delete(name)
+        with contextlib.suppress(StorageError, SupersededError):
+            _clean_up(store.with_retry_limit(CLEAN_UP_S), attempt, written)
         if isinstance(error, StorageError):
             raise SaveError(
                 f"the checkpoint of step {step} was not saved: {error.what}",
@@ -236,6 +235,24 @@ def _commit(
             ) from error
         raise
     return manifest
+
+
+def _clean_up(store: Store, attempt: Attempt, written: list[str]) -> None:
+    """Delete what a failed commit may have left; the manifest goes first.
+
+    If it cannot be deleted, its data must stay. So they must in a bucket, where the request to
+    create it may still be carried out after it has failed. A newer attempt may have gone on from
+    this checkpoint: then all of it stays.
+
+    Raises:
+        SupersededError: A newer attempt has begun.
+        StorageError: The store fails.
+    """
+    if len(written) > 1:  # the manifest, too
+        check_fence(store, attempt)
+        written = written if store.is_local else written[:1]
+    for name in written:
+        store.delete(name)
 
 
 def _manifest(

@@ -125,7 +125,7 @@ class RankSave:
         try:
             file = write_shard(self._store, self._attempt, self._step, self._world.rank, write)
             if self._number == 1:  # as the writer looks at its first main file
-                check_readable(self._store, file.key)
+                check_readable(self._store, file.key, self._attempt)
         except StorageError as error:
             self.problem = str(error)
             return

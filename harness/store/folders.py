@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -117,6 +118,26 @@ def make(path: Path) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
     fsync_folder(path.parent)
+
+
+def make_all(path: Path) -> None:
+    """Create a folder and those above it durably, as far as they are not there.
+
+    An earlier process may have been killed when it had created one, and before that was durable.
+    Each is durable before another is created in it, so that this can only be the innermost.
+
+    Raises:
+        FileExistsError: A file is in the way.
+        OSError: Any other failure.
+    """
+    missing = list(itertools.takewhile(lambda made: not made.is_dir(), (path, *path.parents)))
+    innermost = missing[-1].parent if missing else path
+    if not innermost.is_mount():
+        with contextlib.suppress(PermissionError):  # then others have created it
+            fsync_folder(innermost.parent)
+    for made in reversed(missing):
+        made.mkdir(exist_ok=True)
+        fsync_folder(made.parent)
 
 
 def drop(path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import secrets
 import stat
@@ -29,7 +28,7 @@ from harness.store.base import (
     delete_all,
     storage_error,
 )
-from harness.store.folders import drop, fsync_folder, make, take_name
+from harness.store.folders import drop, fsync_folder, make, make_all, take_name
 from harness.store.urls import expanded
 
 # Small enough that a chunk is still in the CPU cache when it is copied after being digested.
@@ -260,11 +259,11 @@ class LocalStore(Store):
         with _storage_errors(keys[0], "delete"):
             for path in map(self.path, keys):
                 path.unlink(missing_ok=True)
-            for folder in {self.path(key).parent for key in keys}:
+            for folder in dict.fromkeys(self.path(key).parent for key in keys):
                 fsync_folder(folder)
 
     def prepare(self, folders: tuple[str, ...]) -> None:
-        """Create the folders and fsync the parent of each new one.
+        """Create the folders durably, with those above them.
 
         Raises:
             StorageError: A folder cannot be created, for example because a file is in the way.
@@ -272,17 +271,12 @@ class LocalStore(Store):
         for folder in folders:
             with _storage_errors(f"{self.root}/{folder}", "make"):
                 path = self.path(folder)
-                missing = list(
-                    itertools.takewhile(lambda made: not made.is_dir(), (path, *path.parents))
-                )
                 try:
-                    path.mkdir(parents=True, exist_ok=True)
+                    make_all(path)
                 except FileExistsError as error:
                     raise storage_error(
                         "make", str(path), NotADirectoryError(errno.ENOTDIR, "a file is in the way")
                     ) from error
-                for made in missing:
-                    fsync_folder(made.parent)
 
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
         """Delete temporary files of attempts before `below_attempt` and return their keys.

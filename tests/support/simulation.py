@@ -1,406 +1,206 @@
-"""A deterministic simulation of processes that share a disk and a bucket.
-
-Each process is a thread, and one of them runs at a time. Whenever one asks the disk, the bucket or
-another rank for something, a seeded generator decides who runs next, and what befalls this one: it
-is killed, frozen for a long time, refused, or its reply is lost. Only simulated time passes.
-"""
+"""One seed: what is tried, in which order lives begin and what befalls them, and what must hold."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import random
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, BinaryIO
+from collections.abc import Callable
 
-from harness.errors import StorageError
-from harness.store import SET_ASIDE, Entry, Sink, Store
-from harness.store.bucket import MissingError, ObjectMetadata, TakenError
+from simulated_bucket import Bucket
+from simulated_checks import Place, expected, files_of, manifests_of
+from simulated_disk import Disk
+from simulated_lives import Cluster, Life, Machine, Setting, simulated
+from simulator import Process, Simulator
 
-SWITCH_S = 0.05  # how long each turn of a process takes
-FROZEN_S = 500.0
+from harness.checkpoint.retention import Policy
 
-
-class KilledError(BaseException):
-    """The process is gone; raised in it at whatever it asks for next."""
-
-
-class Process:
-    """One simulated process: a rank of one life of a run."""
-
-    def __init__(self, name: str, group: list[Process], work: Callable[[], object]) -> None:
-        self.name, self.group, self.work = name, group, work
-        self.turn = threading.Semaphore(0)
-        self.wakes_at, self.is_killed, self.is_over = 0.0, False, False
-        self.error: BaseException | None = None
+PATIENCE_S = 100_000.0  # after which a life must have come to its end
+POSSIBLE = {  # of the shapes of a run: (disk, bucket, ranks, sharded)
+    "a disk": (True, False, 1, False),
+    "a disk and a bucket": (True, True, 1, False),
+    "a bucket": (False, True, 1, False),
+    "shards on a disk": (True, False, 3, True),
+    "shards on a disk and in a bucket": (True, True, 2, True),
+    "shards in a bucket": (False, True, 2, True),
+}
 
 
 class Simulation:
-    """Processes in turns, and what befalls them.
-
-    Args:
-        seed: decides everything.
-        trouble: the probability that something befalls a process at one request.
-    """
-
-    def __init__(self, seed: int, trouble: float) -> None:
-        self.rng, self.trouble, self.now = random.Random(seed), trouble, 0.0
-        self.trace = list[str]()
-        self.late = list[Callable[[], object]]()  # requests that are still on their way
-        self._processes, self._running = list[Process](), list[Process]()
-        self._back = threading.Semaphore(0)
-
-    def spawn(self, process: Process) -> None:
-        """Begin a process; it runs in `run_until`."""
-
-        def body() -> None:
-            process.turn.acquire()
-            try:
-                if not process.is_killed:
-                    process.work()
-            except KilledError:
-                pass
-            except BaseException as error:  # noqa: BLE001 - the test looks at it
-                process.error = error
-            process.is_over = True
-            self._back.release()
-
-        process.group.append(process)
-        self._processes.append(process)
-        threading.Thread(target=body, daemon=True).start()
-
-    def run_until(self, is_done: Callable[[], bool]) -> None:
-        """Give processes turns until something is so, or none is left."""
-        for _ in range(100_000):
-            alive = [one for one in self._processes if not one.is_over]
-            if is_done() or not alive:
-                return
-            if self.late and self.rng.random() < 0.1:
-                self.late.pop(self.rng.randrange(len(self.late)))()
-            ready = [one for one in alive if one.wakes_at <= self.now or one.is_killed]
-            if not ready:
-                self.now = min(one.wakes_at for one in alive)
-                continue
-            chosen = self.rng.choice(ready)
-            self.now += SWITCH_S
-            self._running = [chosen]
-            chosen.turn.release()
-            self._back.acquire()
-            self._running = []
-        raise AssertionError("the simulation does not come to its end")
-
-    def is_answering(self, process: Process) -> bool:
-        """Return whether a process gives signs of life."""
-        return not (process.is_over or process.is_killed or process.wakes_at > self.now + 60)
-
-    def sleep(self, seconds: float) -> None:
-        """Let the process of this thread sleep."""
-        for process in self._running:
-            process.wakes_at = self.now + seconds
-            self._switch(process)
-
-    def monotonic(self) -> float:
-        """Return the time."""
-        return self.now
-
-    def _switch(self, process: Process) -> None:
-        self._back.release()
-        process.turn.acquire()
-        if process.is_killed:
-            raise KilledError
-
-    def ask(self, what: str, work: Callable[[], Any], *, is_remote: bool = False) -> Any:
-        """Carry out a request of the process that runs, and whatever befalls it meanwhile.
-
-        It may come from a helper thread, for which the process waits.
-        """
-        if not self._running:  # the test itself asks
-            return work()
-        (process,) = self._running
-        if process.is_killed:
-            raise KilledError
-        self.trace.append(f"{process.name} {what}")
-        fate = self._fate(is_remote=is_remote)
-        if fate:
-            self.trace.append(f"{process.name} {fate}")
-        if fate in ("killed before", "killed after"):
-            if fate == "killed after":
-                work()
-            self._kill(process)
-        if fate == "frozen":
-            process.wakes_at = self.now + FROZEN_S
-        self._switch(process)
-        if fate == "refused":
-            raise StorageError(f"cannot {what}", "found: simulated")
-        if fate == "late":
-            self.late.append(lambda: _quietly(work))
-            raise TimeoutError("simulated")
-        result = work()
-        if fate == "reply lost":
-            raise TimeoutError("simulated")
-        return result
-
-    def _fate(self, *, is_remote: bool) -> str:
-        if self.rng.random() >= self.trouble:
-            return ""
-        fates = ["killed before", "killed after", "frozen", "refused"]
-        return self.rng.choice([*fates[:3], "late", "reply lost"] if is_remote else fates)
-
-    def _kill(self, process: Process) -> None:
-        """Kill a process; in most cases torchrun kills those of its group, too."""
-        both = process.group if self.rng.random() < 0.7 else [process]
-        for one in both:
-            one.is_killed = True
-        raise KilledError
-
-
-def _quietly(work: Callable[[], object]) -> None:
-    with contextlib.suppress(MissingError, TakenError):
-        work()
-
-
-class Messages:
-    """What ranks of a life leave for one another, as a store of torch.distributed does."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        self._simulation, self.values = simulation, dict[str, Any]()
-
-    def set(self, key: str, value: Any) -> None:
-        """Leave a value."""
-        self._simulation.ask(f"tells {key}", lambda: self.values.__setitem__(key, value))
-
-    def get(self, key: str) -> Any:
-        """Return a value."""
-        return self.values[key]
-
-    def check(self, keys: Sequence[str]) -> bool:
-        """Return whether all values are there."""
-        return all(key in self.values for key in keys)
-
-    def add(self, key: str, number: int) -> int:
-        """Count."""
-        self.values[key] = self.values.get(key, 0) + number
-        return int(self.values[key])
-
-    def delete_key(self, key: str) -> None:
-        """Delete a value."""
-        self.values.pop(key, None)
-
-
-class Disk(Store):
-    """A directory that all processes share: a file appears whole and durably, or not at all."""
-
-    is_local = True
-
-    def __init__(self, name: str, simulation: Simulation) -> None:
-        self.name, self.files, self._simulation = name, dict[str, bytes](), simulation
-        self._folders = set[str]()
-
-    def __str__(self) -> str:
-        return self.name
-
-    def _ask(self, what: str, work: Callable[[], Any]) -> Any:
-        return self._simulation.ask(f"{what} in {self.name}", work)
-
-    def where(self, key: str) -> str:
-        """Return a path."""
-        return f"{self.name}/{key}"
-
-    def with_retry_limit(self, *ignored: Any) -> Disk:
-        """Return the same disk."""
-        return self
-
-    def entries(self, folder: str) -> list[Entry]:
-        """Return the files in a folder."""
-        return self.listing(folder)[0]
-
-    def listing(self, folder: str) -> tuple[list[Entry], list[str]]:
-        """Return the files and the folders in a folder."""
-
-        def look() -> tuple[list[Entry], list[str]]:
-            inner = sorted(key for key in self.files if key.startswith(f"{folder}/"))
-            names = [key[len(folder) + 1 :] for key in inner]
-            found = [
-                Entry(f"{folder}/{n}", len(self.files[f"{folder}/{n}"]))
-                for n in names
-                if "/" not in n
-            ]
-            folders = {f"{folder}/{name.partition('/')[0]}" for name in names if "/" in name}
-            folders |= {one for one in self._folders if one.rpartition("/")[0] == folder}
-            return found, sorted(folders)
-
-        return self._ask(f"list {folder}", look)
-
-    def make_folder(self, folder: str) -> None:
-        """Make a folder."""
-        self._ask(f"make {folder}", lambda: self._folders.add(folder))
-
-    def drop_folder(self, folder: str) -> None:
-        """Delete an empty folder."""
-
-        def drop() -> None:
-            if not any(key.startswith(f"{folder}/") for key in self.files):
-                self._folders.discard(folder)
-
-        self._ask(f"drop {folder}", drop)
-
-    def exists(self, key: str) -> bool:
-        """Return whether there is a file."""
-        return self._ask(f"look up {key}", lambda: key in self.files)
-
-    def read(self, key: str) -> bytes:
-        """Return a file."""
-
-        def read() -> bytes:
-            if key not in self.files:
-                raise FileNotFoundError(key)
-            return self.files[key]
-
-        return self._ask(f"read {key}", read)
-
-    def open(self, key: str) -> BinaryIO:
-        """Open a file."""
-        return io.BytesIO(self.read(key))
-
-    def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
-        """Yield a file."""
-        yield self.read(key)[start:]
-
-    def writer(self, key: str, attempt: int) -> Sink:
-        """Write a file."""
-        return Temporary(self, key)
-
-    def create(self, key: str, data: bytes, attempt: int) -> None:
-        """Write a file that must not exist."""
-        with self.writer(key, attempt) as sink:
-            sink.write(data)
-            sink.commit(exclusive=True)
-
-    def put(self, key: str, data: bytes, *, exclusive: bool) -> None:
-        """Give a file its name."""
-
-        def put() -> None:
-            if exclusive and key in self.files:
-                raise FileExistsError(key)
-            self.files[key] = data
-
-        self._ask(f"{'create' if exclusive else 'write'} {key}", put)
-
-    def delete(self, *keys: str) -> None:
-        """Delete files."""
-        for key in keys:
-            self._ask(f"delete {key}", partial(self.files.pop, key, None))
-
-    def set_aside(self, keys: Sequence[str]) -> None:
-        """Rename damaged files."""
-        for key in keys:
-            if key in self.files:
-                self._ask(f"set aside {key}", partial(self._rename, key))
-
-    def _rename(self, key: str) -> None:
-        self.files[key + SET_ASIDE] = self.files.pop(key)
-
-    def prepare(self, folders: tuple[str, ...]) -> None:
-        """Do nothing."""
-
-    def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
-        """Do nothing: what is temporary is never seen."""
-        return []
-
-
-class Temporary(Sink):
-    """A file of a `Disk` that has no name yet."""
-
-    def __init__(self, disk: Disk, key: str) -> None:
-        super().__init__(key)
-        self._disk, self._data = disk, bytearray()
-
-    def take(self, view: memoryview) -> None:
-        """Keep the bytes."""
-        self._data += view
-
-    def commit(self, *, exclusive: bool = False) -> None:
-        """Give the file its name."""
-        self._disk.put(self.key, bytes(self._data), exclusive=exclusive)
-
-    def discard(self) -> None:
-        """Forget the file."""
-
-
-class Bucket:
-    """The requests of an object store (`ObjectClient`); small objects alone."""
-
-    parallel, tells_tags = 1, False
-
-    def __init__(self, simulation: Simulation) -> None:
-        self.objects, self._simulation = dict[str, bytes](), simulation
-
-    def _ask(self, what: str, work: Callable[[], Any]) -> Any:
-        return self._simulation.ask(f"{what} in the bucket", work, is_remote=True)
-
-    def renew(self) -> None:
-        """Do nothing."""
-
-    def list_page(
-        self, folder: str, token: str | None, limit_s: float
-    ) -> tuple[list[ObjectMetadata], str | None]:
-        """Return all that is in a folder."""
-
-        def look() -> list[ObjectMetadata]:
-            sizes = defaultdict[str, int](int)
-            for key, data in self.objects.items():
-                if key.startswith(f"{folder}/"):
-                    name, slash, _ = key[len(folder) + 1 :].partition("/")
-                    sizes[f"{folder}/{name}{slash}"] = 0 if slash else len(data)
-            return [ObjectMetadata(key, size, "") for key, size in sorted(sizes.items())]
-
-        return self._ask(f"list {folder}", look), None
-
-    def head(self, key: str, limit_s: float) -> ObjectMetadata | None:
-        """Return an object's size, if there is one."""
-
-        def look() -> ObjectMetadata | None:
-            data = self.objects.get(key)
-            return None if data is None else ObjectMetadata(key, len(data), "")
-
-        return self._ask(f"look up {key}", look)
-
-    def get(
-        self, key: str, start: int, end: int | None, limit_s: float, version: str = ""
-    ) -> bytes:
-        """Return bytes of an object."""
-
-        def get() -> bytes:
-            if key not in self.objects:
-                raise MissingError(key)
-            return self.objects[key][start:end]
-
-        return self._ask(f"get {key}", get)
-
-    def check_version(self, key: str, version: str, limit_s: float) -> None:
-        """Do nothing: a digest is compared."""
-
-    def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
-        """Put an object."""
-
-        def put() -> None:
-            if exclusive and key in self.objects:
-                raise TakenError(key)
-            self.objects[key] = bytes(data)
-
-        self._ask(f"put {key}", put)
-        return ""
-
-    def delete(self, key: str, limit_s: float) -> None:
-        """Delete an object."""
-        self._ask(f"delete {key}", lambda: self.objects.pop(key, None))
-
-    def drop_folder(self, folder: str, limit_s: float) -> None:
-        """Do nothing: there are no folders."""
-
-    def part_bytes(self, number: int, expected_bytes: int) -> int:
-        """Return a size that no object here has."""
-        return 1 << 30
+    """A run of a few lives under one seed."""
+
+    def __init__(self, seed: int, shape: str | None = None) -> None:
+        self.simulator, self.random = Simulator(seed), random.Random(f"plan {seed}")
+        self.shape = shape or self.random.choice(list(POSSIBLE))
+        every = self.random.choice([None, None, 6])
+        policies = (
+            Policy(last=2, best=self.random.choice([0, 1])),
+            Policy(last=2, best=self.random.choice([0, 1]), every_steps=every),
+        )
+        self.cluster = Cluster(self.simulator, Setting(*POSSIBLE[self.shape], *policies))
+        self.ledger = self.cluster.ledger
+        self.disks = [Disk(0)]
+        self.machine = Machine(self.disks[0])
+
+    def run(self) -> list[str]:
+        """Run it, and return the trace. Raises SimulationError."""
+        director = Process(self.simulator, "director", None)
+        self.simulator.note(f"{self.shape}: {self.cluster.setting}")
+        with simulated(self.simulator, self.cluster.system):
+            self.simulator.run(director, self._direct)
+        return self.simulator.trace
+
+    # --- what happens ---
+
+    def _direct(self) -> None:
+        for _ in range(self.random.randrange(2, 6)):
+            life = self._begin(self.random.randrange(4, 12), self.random.choice([1, 2, 3]))
+            self._plan(life)
+            # Perhaps the next one begins before this one is over, or has claimed.
+            limit_s = self.random.choice([PATIENCE_S, self.random.uniform(0, 60), 0.02])
+            if self.random.random() < 0.7:  # else the start has its share of faults, too
+                self._set_faults(0.0)
+                self._wait_for(life, limit_s, until_claim=True)
+            self._set_faults(1.0)
+            self._wait_for(life, limit_s)
+            self.ledger.check_places(self._places())
+            self._between()
+        self._end()
+
+    def _begin(self, steps: int, every: int) -> Life:
+        life = Life(self.cluster, self.machine, steps, every)
+        self.simulator.note(f"life {life.number} begins on disk {self.machine.disk.number}")
+        life.start()
+        return life
+
+    def _wait_for(self, life: Life, limit_s: float, *, until_claim: bool = False) -> None:
+        """Wait until a life is over, or frozen; or has claimed its attempt."""
+
+        def is_enough() -> bool:
+            return life.is_over or _is_frozen(life) or (until_claim and life.attempt > 0)
+
+        self.simulator.wait(is_enough, limit_s)
+
+    def _set_faults(self, share: float) -> None:
+        """Draw how often disk and bucket fail."""
+        system, bucket, draw = self.cluster.system, self.cluster.bucket, self.random.choice
+        system.refused = share * draw([0, 0, 0.002, 0.01])
+        bucket.refused = share * draw([0, 0, 0.02, 0.2])
+        bucket.unheard = share * draw([0, 0, 0.05, 0.2])
+        bucket.late = share * draw([0, 0, 0.05, 0.2])
+        if self.random.random() < 0.15 * share:
+            bucket.away_until = self.simulator.now + self.random.uniform(1, 200)
+
+    def _plan(self, life: Life) -> None:
+        """Draw what befalls a life, and in which call of which rank."""
+        victim = self.random.choice(life.processes)
+        most = self.random.choice([20, 60, 400, 400])
+        seconds = self.random.choice([5.0, 60.0, 3000.0])
+        machine = life.machine
+        befalls: list[Callable[[], object]] = [
+            life.kill,
+            lambda: self._kill_one(life, victim),
+            lambda: life.freeze(seconds),
+            lambda: victim.freeze(seconds),
+            lambda: self._power_loss(machine),
+        ]
+        if self.random.random() < 0.85:
+            what = self.random.choice(befalls)
+            victim.due[self.random.randrange(1, most)] = what
+
+    def _kill_one(self, life: Life, victim: Process) -> None:
+        victim.kill()
+        later = self.simulator.now + self.simulator.random.uniform(0, 30)
+        self.simulator.at(later, life._kill_running)
+
+    def _power_loss(self, machine: Machine) -> None:
+        self.simulator.note(f"power loss of disk {machine.disk.number}")
+        for life in self.cluster.lives:
+            if life.machine.disk is machine.disk:
+                life.kill()
+        machine.disk.crash(self.simulator)
+
+    def _between(self) -> None:
+        setting, chance = self.cluster.setting, self.random.random
+        if setting.has_disk and setting.has_bucket and chance() < 0.4:
+            self._move()
+        elif chance() < 0.6 and all(life.is_over for life in self.cluster.lives):
+            self._damage()
+
+    def _move(self) -> None:
+        """Go on with another disk: an older one, or a new one, perhaps as this one is lost."""
+        if len(self.disks) > 1 and self.random.random() < 0.5:
+            self.machine = Machine(self.disks[0])
+            return
+        if self.random.random() < 0.5:
+            self._power_loss(self.machine)
+            self.disks.remove(self.machine.disk)
+        self.disks.append(Disk(len(self.cluster.lives)))
+        self.machine = Machine(self.disks[-1])
+
+    def _damage(self) -> None:
+        """Flip a bit of a checkpoint that is not the only one that is whole."""
+        place = self.random.choice(self._places())
+        files, known = files_of(place), [p.order for p in self.ledger.promises]
+        good = [o for o in manifests_of(files) if (id(place), o) not in self.ledger.damaged]
+        if len(good) < 3 or self.ledger.damaged:
+            return
+        order = self.random.choice([*good[:-1], *good[-2:]])
+        names = [f["name"] for f in manifests_of(files)[order]["files"]]
+        key = f"checkpoints/{self.random.choice(names)}"
+        self.simulator.note(f"damage: {key} (promised: {order in known})")
+        data = bytearray(files[key])
+        at = self._of_state(data, manifests_of(files)[order])
+        data[at] ^= 1
+        self.ledger.damaged.add((id(place), order))
+        if isinstance(place, Bucket):
+            place.objects[key] = bytes(data)
+        else:
+            file = place.file(f"/sim/run/{key}")
+            file.data, file.durable = data, bytes(data)
+
+    def _of_state(self, data: bytearray, manifest: dict) -> int:
+        """The offset of a byte of the state in a file: of a tensor, which no parser checks."""
+        state = expected(manifest["lineage"])
+        for length in (32, 16, 11, 10):
+            for start in range(0, 32, length):
+                if (at := data.find(state[start : start + length])) >= 0:
+                    return at + self.random.randrange(length // 2)
+        return self.random.randrange(len(data))
+
+    def _places(self) -> list[Place]:
+        setting = self.cluster.setting
+        disks: list[Place] = list(self.disks) if setting.has_disk else []
+        return disks + ([self.cluster.bucket] if setting.has_bucket else [])
+
+    # --- how it ends ---
+
+    def _end(self) -> None:
+        """All that goes wrong ends, and then one more life must do all that is promised."""
+        system, bucket = self.cluster.system, self.cluster.bucket
+        system.refused = bucket.refused = bucket.unheard = bucket.late = 0.0
+        bucket.away_until = 0.0
+
+        def is_quiet() -> bool:
+            return all(life.is_over for life in self.cluster.lives) and not bucket.pending
+
+        assert self.simulator.wait(is_quiet, PATIENCE_S), "a life does not come to its end"
+        self.ledger.check_places(self._places())
+        last = self._begin(5, 2)
+        promised = self.ledger.least(last)
+        assert self.simulator.wait(lambda: last.is_over, PATIENCE_S), "the last life hangs"
+        if promised is None and "not starting from step 0" in last.ends.get(0, ""):
+            return  # what was promised is lost with a disk: said, and not begun anew
+        for rank, end in sorted(last.ends.items()):
+            assert end == "finished", f"without a fault rank {rank} ends: {end}"
+        self.ledger.check_places(self._places())
+        for place in {id(p): p for p in (last.machine.disk, bucket)}.values():
+            if place in self._places():
+                newest = max(manifests_of(files_of(place)), default=None)
+                assert newest is not None and newest[0] == last.attempt, (
+                    f"the newest of the last life is not there: {newest}"
+                )
+                self.ledger.check_clean(place, last.attempt)
+
+
+def _is_frozen(life: Life) -> bool:
+    now = life.cluster.simulator.now
+    return any(now < process.frozen_until for process in life.processes)
